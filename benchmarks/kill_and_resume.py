@@ -37,7 +37,7 @@ from gd2po_trl.checkpoints import checkpoint_to_resume, find_damage
 FORK = multiprocessing.get_context("fork")
 # Seconds that writing a checkpoint of the tiny policy takes, roughly.
 WRITING = 0.03
-TIMES = ("step_time", "runtime", "per_second", "total_flos")
+TIMES = ("step_time", "update_time", "runtime", "per_second", "total_flos")
 
 
 def train(policy: Path, output: Path, steps: int, started=None) -> None:

@@ -3,6 +3,7 @@
 import inspect
 import math
 import textwrap
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,7 @@ class GD2POTrainer(GRPOTrainer):
             logger.warning(f"Rollouts with advantage 0 are not left out of the update: {self._skipping_off}.")
         self._reduced_inputs: Any = None
         self._postpones_old_logps = self._old_logps_missing = False
+        self._preparation_time = self._update_time = 0.0
         # Trainable parameters that a forward pass does not use, known after the first one.
         self._unreached_parameters: set[nn.Parameter] | None = None
 
@@ -243,8 +245,15 @@ class GD2POTrainer(GRPOTrainer):
         return None
 
     def _prepare_inputs(self, generation_batch):
+        started = time.perf_counter()
         if self._skipping_off is not None or not self.model.training:
-            return super()._prepare_inputs(generation_batch)
+            batch = super()._prepare_inputs(generation_batch)
+        else:
+            batch = self._prepare_trained_rows(generation_batch)
+        self._preparation_time = time.perf_counter() - started
+        return batch
+
+    def _prepare_trained_rows(self, generation_batch):
         self._old_logps_missing = False
         # vLLM's importance ratio is made of them during generation.
         self._postpones_old_logps = not (self.use_vllm and self.vllm_importance_sampling_correction)
@@ -312,7 +321,12 @@ class GD2POTrainer(GRPOTrainer):
         return is_alone and self._unreached_parameters is not None
 
     def training_step(self, *args, **kwargs):
+        started = time.perf_counter()
         loss = super().training_step(*args, **kwargs)
+        self._update_time += time.perf_counter() - started - self._preparation_time
+        if self._step % self.current_gradient_accumulation_steps == 0:  # where TRL logs `step_time`
+            self._metrics["train"]["gd2po/update_time"].append(self._update_time)
+            self._update_time = 0.0
         if self._unreached_parameters is None:
             self._unreached_parameters = {parameter for parameter in self.model.parameters() if parameter.grad is None}
         return loss

@@ -110,6 +110,7 @@ def trainer_state(a: list[float], b: list[float], every: int = 1, share: float =
         {
             "step": every * (index + 1),
             "step_time": 2.0,
+            "gd2po/update_time": 0.5,
             "completions/mean_length": 10.0,
             "gd2po/trained_tokens": share,
             "gd2po/trained_rows": share,
@@ -131,7 +132,7 @@ def test_curves_are_placed_where_their_rollouts_were_sampled():
     # The first entry averages the rollouts of steps 1 to 5, sampled after 0 to 4 updates: 2 in the middle.
     assert curves.spent["steps"].tolist() == [2, 7]
     # 4 rollouts of 10 tokens a step, half of them trained.
-    assert curves.total == {"steps": 10, "tokens": 200, "seconds": 20}
+    assert curves.total == {"steps": 10, "tokens": 200, "update seconds": 5, "seconds": 20}
     assert curves.trained_rows == 0.5
 
 
@@ -203,7 +204,7 @@ def test_a_failed_seed_is_shown_and_its_pair_left_out(tmp_path):
         ranges={"b": (0.0, 10.0)},
         contrasts=[contrast, Contrast("absent", "nowhere", "gdpo")],
     )
-    assert results.budgets == {"steps": 3, "tokens": 60, "seconds": 6}
+    assert results.budgets == {"steps": 3, "tokens": 60, "update seconds": 1.5, "seconds": 6}
     assert results.ranges == {"a": (0, 2.6), "b": (0, 10)}
     row = results.tables["steps", "final"][0]
     assert (row.variant, row.quantity, row.test.difference.count) == ("gd2po_hard", "a", 2)

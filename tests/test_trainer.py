@@ -3,6 +3,7 @@
 import asyncio
 import copy
 import logging
+import time
 
 import pandas as pd
 import pytest
@@ -293,6 +294,21 @@ def test_pairs_and_zero_std_share(build):
     trainer = build(reward_funcs=[constant])
     trainer.train()
     assert trainer.state.log_history[0]["frac_reward_zero_std"] == 1
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_update_time_is_the_step_without_generation_and_rewards(build, skip):
+    def slow(completions, **kwargs):
+        time.sleep(0.5)
+        return low_bytes(completions)
+
+    sizes = {"gradient_accumulation_steps": 2, "steps_per_generation": 4, "max_steps": 2}
+    log = train(build(reward_funcs=[slow, spread_bytes], skip_zero_advantage_rows=skip, **sizes))
+    # The first step generates and scores, the second trains on what is left of the same generation batch.
+    assert len(log) == 2
+    assert all(0 < entry["gd2po/update_time"] < entry["step_time"] for entry in log)
+    first, second = (entry["step_time"] - entry["gd2po/update_time"] for entry in log)
+    assert first >= 0.5 and first > second
 
 
 def test_all_dropped_is_said(build, caplog):

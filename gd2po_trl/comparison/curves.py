@@ -13,6 +13,7 @@ from ..errors import UsageError
 AXES = {
     "steps": "optimizer steps",
     "tokens": "trained tokens",
+    "update seconds": "update time in seconds (forward and backward passes, without generation and rewards)",
     "seconds": "training time in seconds (generation, rewards and update)",
 }
 # Share of the budget, at its end, over which a final value of the noisy training rewards is averaged.
@@ -66,6 +67,7 @@ def read_curves(
     cost = {
         "steps": in_interval,
         "tokens": in_interval * rollouts_per_step * length * trained_tokens,
+        "update seconds": in_interval * np.array([entry["gd2po/update_time"] for entry in training]),
         "seconds": in_interval * np.array([entry["step_time"] for entry in training]),
     }
     after = {axis: np.cumsum(increments) for axis, increments in cost.items()}

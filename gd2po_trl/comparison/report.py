@@ -103,7 +103,14 @@ def _budget_table(results: Results) -> str:
 
 
 def _cost_table(results: Results) -> str:
-    header = ["method", "trained rollouts", "trained tokens", "seconds in steps", "tokens per completion at the end"]
+    header = [
+        "method",
+        "trained rollouts",
+        "trained tokens",
+        "update seconds",
+        "seconds in steps",
+        "tokens per completion at the end",
+    ]
     rows = []
     for variant in results.variants:
         runs = [run.curves for run in results.runs[variant.name] if run.curves is not None]
@@ -112,6 +119,7 @@ def _cost_table(results: Results) -> str:
                 variant.name,
                 _plus_minus(mean_interval([100 * run.trained_rows for run in runs]), "{:.1f}") + " %",
                 _plus_minus(mean_interval([run.total["tokens"] for run in runs]), "{:,.0f}"),
+                _plus_minus(mean_interval([run.total["update seconds"] for run in runs]), "{:,.1f}"),
                 _plus_minus(mean_interval([run.total["seconds"] for run in runs]), "{:,.1f}"),
                 _plus_minus(mean_interval([run.completion_length for run in runs]), "{:.1f}"),
             ]
