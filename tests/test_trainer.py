@@ -303,7 +303,9 @@ def test_update_time_is_the_step_without_generation_and_rewards(build, skip):
         return low_bytes(completions)
 
     sizes = {"gradient_accumulation_steps": 2, "steps_per_generation": 4, "max_steps": 2}
-    log = train(build(reward_funcs=[slow, spread_bytes], skip_zero_advantage_rows=skip, **sizes))
+    trainer = build(reward_funcs=[slow, spread_bytes], skip_zero_advantage_rows=skip, **sizes)
+    train(trainer)
+    log = [entry for entry in trainer.state.log_history if "step_time" in entry]
     # The first step generates and scores, the second trains on what is left of the same generation batch.
     assert len(log) == 2
     assert all(0 < entry["gd2po/update_time"] < entry["step_time"] for entry in log)
