@@ -60,7 +60,8 @@ def find_damage(checkpoint: Path) -> str | None:
         return "trainer_state.json is truncated"
     weights = list(checkpoint.glob("*.safetensors"))
     # Sharded engines (FSDP, DeepSpeed) keep theirs in folders of their own and check them themselves.
-    if not weights and not any(entry.is_dir() for entry in checkpoint.iterdir()):
+    is_sharded = any(entry.is_dir() for entry in checkpoint.iterdir())
+    if not weights and not is_sharded:
         return "it holds no weights"
     for file in weights:
         if not _is_whole_safetensors(file):
@@ -73,15 +74,14 @@ def find_damage(checkpoint: Path) -> str | None:
         for shard in sorted(shards):
             if not (checkpoint / shard).is_file():
                 return f"{shard} is missing"
-    for name in ("optimizer.pt", "scheduler.pt"):
-        file = checkpoint / name
-        if not file.is_file() and weights and not any(entry.is_dir() for entry in checkpoint.iterdir()):
-            return f"{name} is missing"
-        if file.is_file() and not zipfile.is_zipfile(file):
-            return f"{name} is truncated"
-    for file in checkpoint.glob("rng_state*.pth"):
-        if not zipfile.is_zipfile(file):
-            return f"{file.name} is truncated"
+    # FSDP with a full state dict writes optimizer.bin, beside the weights as it loads them (pytorch_model_fsdp.bin).
+    for names in (("optimizer.pt", "optimizer.bin"), ("scheduler.pt",)):
+        if weights and not is_sharded and not any((checkpoint / name).is_file() for name in names):
+            return f"{names[0]} is missing"
+    for pattern in ("optimizer.pt", "scheduler.pt", "*.bin", "rng_state*.pth"):
+        for file in checkpoint.glob(pattern):
+            if not zipfile.is_zipfile(file):
+                return f"{file.name} is truncated"
     return None
 
 

@@ -75,6 +75,16 @@ def test_sharded_weights(run):
     assert find_damage(checkpoint) == "model-00002-of-00002.safetensors is missing"
 
 
+@pytest.mark.parametrize("name", ["optimizer.bin", "pytorch_model_fsdp.bin"])
+def test_layout_of_fsdp_with_a_full_state_dict(run, name):
+    checkpoint = run / "checkpoint-2"
+    shutil.copy(checkpoint / "optimizer.pt", checkpoint / "pytorch_model_fsdp.bin")
+    (checkpoint / "optimizer.pt").rename(checkpoint / "optimizer.bin")
+    assert find_damage(checkpoint) is None
+    truncate(checkpoint / name)
+    assert find_damage(checkpoint) == f"{name} is truncated"
+
+
 def test_killed_runs_end_like_one_left_alone():
     """A few of the trials of `benchmarks/kill_and_resume.py`."""
     import subprocess

@@ -1,4 +1,4 @@
-"""Two gloo processes against one: the same advantages, metrics, table and parameters, and no hang on an error."""
+"""Two gloo processes against one, by DDP and by FSDP2: the same advantages, metrics, table and parameters."""
 
 import json
 import os
@@ -11,16 +11,17 @@ import pandas as pd
 import pytest
 import torch
 from distributed.scripted_run import CONFIGURATIONS
+from safetensors.torch import load_file
 
 
-SCRIPT = Path(__file__).parent / "distributed" / "scripted_run.py"
+SCRIPTS = Path(__file__).parent / "distributed"
 
 
-def launch(output: Path, policy: Path, processes: int, *options: str, expect_failure: bool = False):
+def launch(output: Path, policy: Path, processes: int, *options: str, script="scripted_run.py", expect_failure=False):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, str(SCRIPT), str(policy), str(output), *options]
+    command = [sys.executable, str(SCRIPTS / script), str(policy), str(output), *options]
     if processes > 1:
         launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(port)]
         command = [sys.executable, *launcher, *command[1:]]
@@ -61,11 +62,42 @@ def test_two_processes_equal_one(runs, name):
         for metric in entry_one:
             if metric.startswith(("gd2po/", "rewards/", "reward", "frac_")) and metric != "gd2po/update_time":
                 assert entry_two[metric] == pytest.approx(entry_one[metric], abs=1e-6), metric
-    moved = 0.0
-    for parameter, value in parameters_one["after"].items():
-        assert torch.allclose(value, parameters_two["after"][parameter], atol=1e-6, rtol=0), parameter
-        moved += (value - parameters_one["before"][parameter]).abs().sum().item()
-    assert moved > 0
+    assert_trained_alike(parameters_one, parameters_two)
+
+
+def assert_trained_alike(one: dict, two: dict) -> None:
+    for parameter, value in one["after"].items():
+        assert torch.allclose(value, two["after"][parameter], atol=1e-6, rtol=0), parameter
+    assert any(not torch.equal(value, one["before"][parameter]) for parameter, value in one["after"].items())
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory, tiny_policy):
+    """Runs whose weights, gradients and optimizer state are split over two processes; the script checks that."""
+    folder = tmp_path_factory.mktemp("fsdp2")
+    launch(folder, tiny_policy, 2, script="fsdp2_run.py")
+    return folder
+
+
+@pytest.mark.parametrize("name", list(CONFIGURATIONS))
+def test_fsdp2_equals_one_process(runs, sharded, name):
+    history_one, _, one = results(runs[1] / name)
+    history_two, _, two = results(sharded / name)
+    assert_trained_alike(one, two)
+    for metric in ("gd2po/conflict_ratio", "gd2po/kept_ratio", "rewards/low_bytes/mean", "grad_norm"):
+        values_one, values_two = ([entry[metric] for entry in log[:-1]] for log in (history_one, history_two))
+        assert values_two == pytest.approx(values_one, rel=1e-5), metric
+
+
+def test_fsdp2_resumes_and_saves_the_whole_policy(sharded):
+    history, _, uninterrupted = results(sharded / "sampled")
+    resumed_history, _, resumed = results(sharded / "resumed")
+    saved = load_file(sharded / "saved" / "model.safetensors")
+    assert uninterrupted["after"].keys() == saved.keys()
+    for parameter, value in uninterrupted["after"].items():
+        assert torch.equal(value, resumed["after"][parameter]) and torch.equal(value, saved[parameter]), parameter
+    assert [entry["step"] for entry in resumed_history] == [entry["step"] for entry in history]
+    assert resumed_history[3]["grad_norm"] == history[3]["grad_norm"] > 0
 
 
 def test_a_reward_that_fails_on_one_process_ends_all(tmp_path, tiny_policy):

@@ -44,7 +44,7 @@ def fails_on_rank_1(completions, **kwargs):
     return low_bytes(completions)
 
 
-def run(policy: str, output: Path, reward_funcs, **overrides) -> None:
+def run(policy: str, output: Path, reward_funcs, rollout_func=None, resume=None, **overrides) -> GD2POTrainer:
     trainer = GD2POTrainer(
         policy,
         reward_funcs,
@@ -56,22 +56,20 @@ def run(policy: str, output: Path, reward_funcs, **overrides) -> None:
             log_completions=True,
             num_completions_to_print=1,
             shuffle_dataset=False,
-            # Adam would blow up rounding where a gradient is nearly 0.
-            optim="sgd",
-            learning_rate=0.5,
             ddp_backend="gloo" if WORLD > 1 else None,
-            **overrides,
+            # Adam would blow up rounding where a gradient is nearly 0.
+            **{"optim": "sgd", "learning_rate": 0.5, **overrides},
         ),
         train_dataset=letters_dataset(),
-        rollout_func=ScriptedRollouts(),
+        rollout_func=rollout_func,
     )
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    before = {name: value.detach().clone() for name, value in model.named_parameters()}
-    trainer.train()
+    before = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+    trainer.train(resume_from_checkpoint=resume)
     trainer.save_state()
+    after = trainer.accelerator.get_state_dict(trainer.model)
     if trainer.is_world_process_zero():
-        after = {name: value.detach() for name, value in model.named_parameters()}
         torch.save({"before": before, "after": after}, output / "parameters.pt")
+    return trainer
 
 
 if __name__ == "__main__":
@@ -81,6 +79,6 @@ if __name__ == "__main__":
     parser.add_argument("--fail", action="store_true")
     arguments = parser.parse_args()
     if arguments.fail:
-        run(arguments.policy, arguments.output, [fails_on_rank_1, spread_bytes], num_generations=4)
+        run(arguments.policy, arguments.output, [fails_on_rank_1, spread_bytes], ScriptedRollouts(), num_generations=4)
     for name, overrides in CONFIGURATIONS.items():
-        run(arguments.policy, arguments.output / name, [low_bytes, spread_bytes], **overrides)
+        run(arguments.policy, arguments.output / name, [low_bytes, spread_bytes], ScriptedRollouts(), **overrides)
