@@ -193,6 +193,8 @@ def parse_recipe(
             settings.pop(name, None)
     if method is not None:
         settings = {**_method_preset(method), **settings, "method": method}
+    if isinstance(settings.get("scale_rewards"), bool):  # which TRL takes as well, though its type hint says `str`
+        settings["scale_rewards"] = "group" if settings["scale_rewards"] else "none"
 
     hints = {name: hint for kind in parser.dataclass_types for name, hint in typing.get_type_hints(kind).items()}
     for key, value in settings.items():
@@ -368,7 +370,8 @@ def _refuse_remote_code(settings: dict[str, Any], source: str) -> None:
     for prefix, mapping in places.items():
         for key in ("trust_remote_code", "use_kernels"):
             if mapping.get(key):
-                raise UsageError(_REMOTE_CODE.format(key=prefix + key, source=source, option=key))
+                option = "model_init_kwargs '{\"use_kernels\": true}'" if key == "use_kernels" else key
+                raise UsageError(_REMOTE_CODE.format(key=prefix + key, source=source, option=option))
         if "/" in str(mapping.get("attn_implementation") or ""):
             key = "attn_implementation"
             raise UsageError(_REMOTE_CODE.format(key=prefix + key, source=source, option=key))

@@ -9,8 +9,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
+from hypothesis import settings
 from tiny import save_tiny_policy, save_tiny_reward_model
 
+
+settings.register_profile("thorough", max_examples=3000)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

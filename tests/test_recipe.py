@@ -49,6 +49,11 @@ def test_values_and_overrides(write):
     assert nested.arguments.reward_kwargs["length"]["max_words"] == 8
 
 
+@pytest.mark.parametrize(("written", "meant"), [(True, "group"), (False, "none"), ("batch", "batch")])
+def test_scale_rewards_as_in_trl(write, written, meant):
+    assert load_recipe(write({**MINIMAL, "scale_rewards": written})).training.scale_rewards == meant
+
+
 def test_bases_merge(write):
     write(
         {**MINIMAL, "num_generations": 4, "reward_kwargs": {"length": {"max_words": 9}, "correctness": {}}}, "a.yaml"
