@@ -27,11 +27,12 @@ from gd2po_trl.gd2po_config import GD2PO_FIELDS
 from gd2po_trl.recipe import RecipeArguments, load_recipe
 from gd2po_trl.recipe_catalog import recipe_path
 from gd2po_trl.rewards import BUILT_IN, resolve_reward
+from gd2po_trl.rewards.direction import published_direction, resolve_direction
 from gd2po_trl.sft import load_sft_recipe
 
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "recipes/README.md"]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "recipes/README.md", ROOT / "benchmarks/README.md"]
 PAGES += [*sorted((ROOT / "notebooks").glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 LANGUAGES = {"python", "bash", "yaml", "json", "diff", "text", "bibtex"}
 FENCE = re.compile(r"( *)```(\w*)")
@@ -262,6 +263,9 @@ def test_recipe_blocks_are_recipes(block, tmp_path):
             module, name = BUILT_IN[kwargs.pop("type")]
             builder = getattr(importlib.import_module(f"gd2po_trl.rewards.{module}"), name)
             inspect.signature(builder).bind(**kwargs)
+            if name == "RewardModel":
+                published = published_direction(kwargs["model"])
+                resolve_direction(published, kwargs.get("sign"), kwargs.get("higher_is"), kwargs["model"])
         else:
             resolve_reward(label, kwargs)
 

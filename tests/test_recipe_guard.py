@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from trl import ModelConfig
 
 from gd2po_trl import GD2POConfig
+from gd2po_trl.cli import main
 from gd2po_trl.errors import UsageError
 from gd2po_trl.recipe import Recipe, RecipeArguments, load_recipe, read_recipe_file
 from gd2po_trl.recipe_catalog import files_of, recipe_names, recipe_path, summary
@@ -233,3 +234,22 @@ def test_documented_defaults_are_the_real_ones(name):
 def test_is_in_the_table(name):
     rows = [line for line in (RECIPES / "README.md").read_text().splitlines() if line.startswith("|")]
     assert sum(f"`{name}`" in row for row in rows) == 1
+
+
+# The command
+
+
+def test_a_copy_is_the_recipe_with_its_bases(tmp_path, monkeypatch, capsys):
+    name = "safe_alignment/cpu_demo"
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):  # files that are there already and the same are no obstacle
+        assert main(["recipes", "copy", name]) == 0
+    assert read_recipe_file(tmp_path / "recipes" / f"{name}.yaml") == read_recipe_file(recipe_path(name))
+
+    (tmp_path / "recipes" / "_cpu.yaml").write_text("seed: 1\n")
+    assert main(["recipes", "copy", name]) == 2
+    assert "_cpu.yaml' exists and differs" in capsys.readouterr().err
+
+    monkeypatch.chdir(RECIPES.parent)
+    assert main(["recipes", "copy", name]) == 2
+    assert "name another folder" in capsys.readouterr().err

@@ -51,6 +51,8 @@ def _copy(path: Path, destination: Path) -> Path:
     files = files_of(path)
     targets = [destination / file.resolve().relative_to(FOLDER.resolve()) for file in files]
     for file, target in zip(files, targets, strict=True):
+        if target.exists() and target.samefile(file):
+            raise UsageError(f"'{destination}' is where the recipes are already; name another folder.")
         if target.exists() and target.read_bytes() != file.read_bytes():
             raise UsageError(f"'{target}' exists and differs; move it away, or name another folder.")
     for file, target in zip(files, targets, strict=True):
