@@ -383,11 +383,14 @@ _REMOTE_CODE = (
 )
 
 
+_TOKENS_OF_THE_VOCABULARY = ("eos_token", "pad_token")
+
+
 def _without_secrets(settings: dict[str, Any]) -> dict[str, Any]:
     """`settings` without what would give an account away, in nested mappings too."""
     return {
         key: _without_secrets(value) if isinstance(value, dict) else value
         for key, value in settings.items()
         if not any(word in key.lower() for word in ("password", "secret", "api_key", "headers", "authorization"))
-        and not key.endswith("_token")
+        and not (key.endswith("_token") and key not in _TOKENS_OF_THE_VOCABULARY)
     }

@@ -64,8 +64,8 @@ def run_sft(recipe: Recipe) -> SFTTrainer:
     """
     arguments, training, model = recipe.arguments, recipe.training, recipe.model
     checkpoint = checkpoint_to_resume(training.resume_from_checkpoint, training.output_dir)
-    check_model(model.model_name_or_path, model.model_revision)
-    tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision)
+    check_model(recipe)
+    tokenizer = load_tokenizer(recipe)
     with training.main_process_first(desc="loading the data"):
         dataset = load_dataset_by_name(
             arguments.dataset, arguments.dataset_path, arguments.dataset_split, **arguments.dataset_kwargs

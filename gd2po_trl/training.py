@@ -46,7 +46,7 @@ def run_recipe(recipe: Recipe, *, callbacks: Sequence["TrainerCallback"] = ()) -
         The [`GD2POTrainer`], after training.
 
     Raises:
-        [`UsageError`]: for a model, a reward, a data set, a checkpoint or vLLM that is not there.
+        [`UsageError`]: for a model, a reward, a data set, a column, a checkpoint or vLLM that is not there.
     """
     arguments, training, model = recipe.arguments, recipe.training, recipe.model
     reward_funcs = [resolve_reward(label, arguments.reward_kwargs.get(label)) for label in arguments.reward_funcs]
@@ -57,7 +57,7 @@ def run_recipe(recipe: Recipe, *, callbacks: Sequence["TrainerCallback"] = ()) -
             "false, which is much slower."
         )
     checkpoint = checkpoint_to_resume(training.resume_from_checkpoint, training.output_dir)
-    check_model(model.model_name_or_path, model.model_revision)
+    check_model(recipe)
     train_dataset, eval_dataset = load_datasets(recipe)
 
     from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
@@ -67,16 +67,19 @@ def run_recipe(recipe: Recipe, *, callbacks: Sequence["TrainerCallback"] = ()) -
     from .gd2po_trainer import GD2POTrainer
 
     training.model_init_kwargs = model_init_kwargs(recipe)
-    trainer = GD2POTrainer(
-        model=model.model_name_or_path,
-        reward_funcs=reward_funcs,
-        args=training,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        processing_class=load_tokenizer(model.model_name_or_path, model.model_revision),
-        quantization_config=get_quantization_config(model),
-        peft_config=get_peft_config(model),
-    )
+    try:
+        trainer = GD2POTrainer(
+            model=model.model_name_or_path,
+            reward_funcs=reward_funcs,
+            args=training,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=load_tokenizer(recipe),
+            quantization_config=get_quantization_config(model),
+            peft_config=get_peft_config(model),
+        )
+    except ValueError as error:  # a setting, a column or a weight that does not fit
+        raise UsageError(str(error)) from error
     for reward_func in reward_funcs:
         # Dead weights, an unreachable server or an inverted direction show before the first generation.
         if hasattr(reward_func, "load"):
@@ -111,26 +114,29 @@ def train_and_save(trainer: "Trainer", recipe: Recipe, checkpoint: str | None) -
         trainer.push_to_hub()
 
 
-def check_model(name: str, revision: str = "main") -> None:
+def check_model(recipe: Recipe) -> None:
     """
-    Find out whether a model can be loaded, from its configuration alone.
+    Find out whether the policy can be loaded, from its configuration alone.
 
     Raises:
         [`UsageError`]: if it cannot.
     """
     from transformers import AutoConfig
 
+    name = recipe.model.model_name_or_path
     folder = Path(name).expanduser()
     if not folder.is_dir() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
         raise UsageError(f"`model_name_or_path` is '{name}', and there is no such folder.")
     try:
-        AutoConfig.from_pretrained(name, revision=revision)
+        AutoConfig.from_pretrained(
+            name, revision=recipe.model.model_revision, trust_remote_code=recipe.training.trust_remote_code
+        )
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = " ".join(str(error).split())
         raise UsageError(f"`model_name_or_path` is '{name}', which cannot be loaded: {reason}") from error
 
 
-def load_tokenizer(name: str, revision: str = "main") -> "PreTrainedTokenizerBase":
+def load_tokenizer(recipe: Recipe) -> "PreTrainedTokenizerBase":
     """
     The policy's tokenizer, set up as TRL does, except that completions stay text.
 
@@ -139,7 +145,13 @@ def load_tokenizer(name: str, revision: str = "main") -> "PreTrainedTokenizerBas
     """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, padding_side="left", truncation_side="left")
+    tokenizer = AutoTokenizer.from_pretrained(
+        recipe.model.model_name_or_path,
+        revision=recipe.model.model_revision,
+        trust_remote_code=recipe.training.trust_remote_code,
+        padding_side="left",
+        truncation_side="left",
+    )
     for attribute in ("response_template", "response_schema"):
         if getattr(tokenizer, attribute, None) is not None:
             logger.info(f"The {attribute} of the tokenizer is left out: rewards read completions as text.")
@@ -177,7 +189,7 @@ def _limit_prompts(dataset: "Dataset", recipe: Recipe) -> "Dataset":
     from .datasets import drop_long_prompts, truncate_prompts_left
 
     limit = recipe.arguments.max_prompt_tokens
-    tokenizer = load_tokenizer(recipe.model.model_name_or_path, recipe.model.model_revision)
+    tokenizer = load_tokenizer(recipe)
     limiter = drop_long_prompts if recipe.arguments.long_prompts == "drop" else truncate_prompts_left
     limited, count = limiter(dataset, tokenizer, limit)
     if count:

@@ -1,5 +1,7 @@
 """Recipes: reading, overriding, and the one clear error for everything that can be wrong in them."""
 
+import json
+import shutil
 import subprocess
 import sys
 
@@ -12,15 +14,11 @@ from gd2po_trl.cli import main
 from gd2po_trl.errors import UsageError
 from gd2po_trl.recipe import load_recipe, read_recipe_file
 from gd2po_trl.rewards import resolve_reward
+from gd2po_trl.sft import load_sft_recipe
 
 
-MINIMAL = {
-    "model_name_or_path": "some/model",
-    "reward_funcs": ["correctness", "length"],
-    "use_cpu": True,
-    "bf16": False,
-    "output_dir": "outputs/x",
-}
+CPU = {"use_cpu": True, "bf16": False, "output_dir": "outputs/x"}
+MINIMAL = {"model_name_or_path": "some/model", "reward_funcs": ["correctness", "length"], **CPU}
 
 
 @pytest.fixture
@@ -170,6 +168,11 @@ def test_secrets_are_not_kept(write):
     rewards = {"length": {"type": "remote_scorer", "url": "http://x", "headers": {"Authorization": "Bearer hf_s"}}}
     recipe = load_recipe(write({**MINIMAL, "reward_kwargs": rewards}))
     assert recipe.arguments.reward_kwargs["length"]["headers"] and "hf_s" not in str(recipe.settings)
+
+
+def test_tokens_of_the_vocabulary_are_no_secrets(write):
+    recipe = load_sft_recipe(write({"model_name_or_path": "some/model", "eos_token": "<|end|>", **CPU}))
+    assert recipe.settings["eos_token"] == "<|end|>"
 
 
 scalars = st.one_of(st.none(), st.booleans(), st.integers(-3, 3), st.floats(-2, 2), st.text(max_size=5))
@@ -331,14 +334,33 @@ def test_train_writes_model_recipe_and_state_and_resumes(write, runnable, tmp_pa
 def test_tool_calling_rewards_in_a_recipe(write, runnable, capsys):
     path = write({**runnable, "reward_funcs": ["correctness", "format", "length"], "save_strategy": "no"})
     assert main(["train", "--config", str(path), "--max_steps", "1"]) == 0
+    # What was read is said.
+    assert "16" in capsys.readouterr().err
 
 
 def test_missing_column_is_found_before_training(write, runnable, tmp_path, capsys):
     (tmp_path / "bare.jsonl").write_text('{"prompt": "a"}\n' * 8)
     path = write({**runnable, "reward_funcs": ["correctness"], "dataset_path": str(tmp_path / "bare.jsonl")})
-    with pytest.raises((UsageError, ValueError), match="answer"):
-        if main(["train", "--config", str(path)]) == 2:
-            raise UsageError(capsys.readouterr().err)
+    assert main(["train", "--config", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert "'correctness' needs the dataset column `answer`" in error and "Traceback" not in error
+
+
+def test_a_policy_of_python_code_needs_a_word_on_the_command_line(write, runnable, tiny_policy, tmp_path, capsys):
+    policy = tmp_path / "policy"
+    shutil.copytree(tiny_policy, policy)
+    config = json.loads((policy / "config.json").read_text())
+    classes = {"AutoConfig": "of_our_own.OwnConfig", "AutoModelForCausalLM": "of_our_own.OwnForCausalLM"}
+    (policy / "config.json").write_text(json.dumps({**config, "model_type": "own", "auto_map": classes}))
+    (policy / "of_our_own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    path = write({**runnable, "model_name_or_path": str(policy), "save_strategy": "no", "max_steps": 1})
+    assert main(["train", "--config", str(path)]) == 2
+    assert "trust_remote_code" in capsys.readouterr().err
+    assert main(["train", "--config", str(path), "--trust_remote_code"]) == 0
 
 
 def test_runs_as_a_module(write, runnable):

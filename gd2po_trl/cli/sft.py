@@ -1,6 +1,6 @@
 """`gd2po sft`."""
 
-from .train import split_arguments
+from .train import show_progress, split_arguments
 
 
 USAGE = """usage: gd2po sft --config RECIPE.yaml [--any_field value ...]
@@ -27,6 +27,7 @@ def main(argv: list[str]) -> int:
         print_options(KINDS, "gd2po sft")
         return 0
     recipe = load_sft_recipe(*split_arguments(argv, "gd2po sft"))
+    show_progress()
     trainer = run_sft(recipe)
     trainer.accelerator.print(f"The policy, its recipe and its log are in {recipe.training.output_dir}.")
     return 0

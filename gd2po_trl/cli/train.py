@@ -1,6 +1,7 @@
 """`gd2po train`."""
 
 import argparse
+import logging
 
 from ..errors import UsageError
 
@@ -31,9 +32,19 @@ def main(argv: list[str]) -> int:
 
     from ..training import run_recipe
 
+    show_progress()
     trainer = run_recipe(recipe)
     trainer.accelerator.print(f"The policy, its recipe and its log are in {recipe.training.output_dir}.")
     return 0
+
+
+def show_progress() -> None:
+    """Print what this package logs at level INFO, once for all processes."""
+    from accelerate import PartialState
+
+    logging.basicConfig(format="%(message)s")
+    if PartialState().is_main_process:
+        logging.getLogger("gd2po_trl").setLevel(logging.INFO)
 
 
 def split_arguments(argv: list[str], command: str) -> tuple[str | None, list[str]]:
