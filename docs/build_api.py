@@ -47,7 +47,7 @@ def render() -> str:
     """The page."""
     parts = [
         "# API reference\n\nFrom the docstrings, by `python docs/build_api.py`. `B` is the number of rollouts in a "
-        "batch, `K` that of reward functions.\n"
+        "batch, `K` that of reward\nfunctions.\n"
     ]
     for module_name, names in PUBLIC.items():
         module = import_module(module_name)

@@ -21,7 +21,7 @@ Greedy completions, one per prompt, and their mean under each reward and under t
 also how often the model beats the baseline, and by harm category where the data name one.
 
   gd2po eval safe-alignment --model MODEL --data alpaca=alpaca_test.parquet --data beavertails_evaluation \\
-    --reward 'useful={type: reward_model, model: PKU-Alignment/beaver-7b-v1.0-reward}' \\
+    --reward 'helpful={type: reward_model, model: PKU-Alignment/beaver-7b-v1.0-reward}' \\
     --reward 'harmless={type: reward_model, model: PKU-Alignment/beaver-7b-v1.0-cost}'
 
 A killed run goes on where it stopped when the command is repeated. The folder --output then holds predictions.jsonl,

@@ -15,7 +15,7 @@ TRAINED_FOLDER = "trained"
 NUM_SAMPLES = 3
 
 DESCRIPTION = """
-Shows GD2PO at work in about two minutes on a CPU: generates a small tool-calling task, teaches a policy of 0.1 M
+Shows GD2PO at work in about a minute on a CPU: generates a small tool-calling task, teaches a policy of 0.1 M
 parameters its format from careless demonstrations, trains it as the recipe quickstart/tool_calling describes, and
 reports the rewards on held-out prompts before and after. Needs no download.
 
