@@ -119,7 +119,7 @@ def compute_advantages(
             TRL's GDPO), or `None`.
         whitening_shift_mean (`bool`, *optional*, defaults to `True`):
             Whether whitening subtracts the mean. It gives a small advantage to rollouts of groups that carry no
-            signal; `False` only scales.
+            signal; `False` only scales, by the spread about 0.
         scale_rewards (`str`, *optional*, defaults to `"group"`):
             Divisor of each reward's deviation from its group mean: the standard deviation of its group, of the batch,
             or `"none"`.
@@ -238,12 +238,14 @@ def _sample_std(deviation: torch.Tensor, count: torch.Tensor, dim: int | tuple[i
 def _whiten(values: torch.Tensor, counts: torch.Tensor, *, shift_mean: bool) -> torch.Tensor:
     """Whiten `values`, each occurring `counts` times; exactly 0 where it does not occur."""
     total = counts.sum()
-    mean = (counts * values).sum() / total.clamp(min=1.0)
-    centred = values - mean
-    # A mean that is 0 but for the rounding of its sum must not give rollouts without signal an advantage.
-    rounding = 64 * torch.finfo(values.dtype).eps * values.abs().amax() if values.numel() else 0.0
-    centred = torch.where(centred.abs() > rounding, centred, 0.0)
-    variance = (counts * centred * centred).sum() / (total - 1.0).clamp(min=1.0)
-    scaled = (centred if shift_mean else values) * torch.rsqrt(variance + VARIANCE_EPS)
+    if shift_mean:
+        mean = (counts * values).sum() / total.clamp(min=1.0)
+        # A mean that is 0 but for the rounding of its sum must not give rollouts without signal an advantage.
+        rounding = 64 * torch.finfo(values.dtype).eps * values.abs().amax() if values.numel() else 0.0
+        values = values - mean
+        values = torch.where(values.abs() > rounding, values, 0.0)
+    # Without the shift this is the spread about 0: that about the mean is next to 0 where all values are alike.
+    variance = (counts * values * values).sum() / (total - 1.0).clamp(min=1.0)
+    scaled = values * torch.rsqrt(variance + VARIANCE_EPS)
     # A single occurrence has no variance to divide by.
     return torch.where((counts > 0) & (total > 1), scaled, 0.0)

@@ -84,7 +84,9 @@ def conflict_metrics(
         "frac_groups_without_signal": (~group_signal).float().mean(),
     }
     if len(reward_names) > 1:
-        pair_ratios = pair_conflicts(breakdown.per_reward).sum(0) / num_scored
+        # A rollout without a token conflicts with nothing.
+        pairs = pair_conflicts(breakdown.per_reward) & breakdown.conflict.unsqueeze(1)
+        pair_ratios = pairs.sum(0) / num_scored
         for (first, second), ratio in zip(combinations(reward_names, 2), pair_ratios.unbind(), strict=True):
             metrics[f"conflict_ratio/{pair_name(first, second)}"] = ratio
     return metrics

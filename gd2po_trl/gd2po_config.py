@@ -67,7 +67,7 @@ class GD2POConfig(GRPOConfig):
             or once (`"sequence"`), or `None`.
         whitening_shift_mean (`bool`, *optional*, defaults to `True`):
             Whether whitening also subtracts the mean. It gives rollouts of groups without signal a small non-zero
-            advantage; `False` only scales.
+            advantage; `False` only scales, by the spread about 0.
         skip_zero_advantage_rows (`bool`, *optional*, defaults to `True`):
             Whether rollouts with advantage 0 are left out of the forward and backward pass. The gradient is the same
             (with dropout, for other random masks). Metrics of the update (`entropy`, `clip_ratio/*`) then cover the

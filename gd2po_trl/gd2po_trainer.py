@@ -1,5 +1,6 @@
 """GD²PO as a drop-in subclass of TRL's `GRPOTrainer`."""
 
+import copy
 import inspect
 import math
 import textwrap
@@ -112,6 +113,8 @@ class GD2POTrainer(GRPOTrainer):
             for func, name in zip(self.reward_funcs, self.reward_func_names, strict=True)
         ]
         self._captured_rewards: torch.Tensor | None = None
+        self._empty_logs = copy.deepcopy(self._logs)
+        self._logs_of_mode = {"train": self._logs, "eval": self._empty_logs}
         self._batches_without_gradient = 0
         self._skipping_off = self._reason_to_train_all_rows()
         if self._skipping_off is not None and args.skip_zero_advantage_rows:
@@ -140,6 +143,7 @@ class GD2POTrainer(GRPOTrainer):
         return rewards
 
     def _generate_and_score_completions(self, inputs):
+        self._use_table_of_mode()
         self._captured_rewards = None
         output = super()._generate_and_score_completions(inputs)
         rewards, self._captured_rewards = self._captured_rewards, None
@@ -200,14 +204,31 @@ class GD2POTrainer(GRPOTrainer):
         for column in ("kept", "conflict", "agreement"):
             self._logs["extra"][f"gd2po_{column}"].extend(getattr(breakdown, column).tolist())
 
+    def _use_table_of_mode(self) -> None:
+        """TRL keeps the last rollouts for its completions table, of training or evaluation; here each has its own."""
+        self._logs = self._logs_of_mode["train" if self.model.training else "eval"]
+
+    def evaluation_loop(self, *args, **kwargs):
+        self._logs_of_mode["eval"] = copy.deepcopy(self._empty_logs)
+        return super().evaluation_loop(*args, **kwargs)
+
+    def log(self, *args, **kwargs):
+        self._use_table_of_mode()
+        super().log(*args, **kwargs)
+
     def _warn_if_nothing_is_learned(self, has_gradient: bool, conflict_ratio: float) -> None:
         self._batches_without_gradient = 0 if has_gradient else self._batches_without_gradient + 1
         if self._batches_without_gradient in (1, 10, 100, 1000):
             logger.warning(
                 f"No rollout of {self._batches_without_gradient} generation batch(es) in a row has an advantage: "
-                f"nothing is learned from them. The rewards disagree on {conflict_ratio:.0%} of the last one. "
-                "Where they conflict, `conflict_filter='snr'` with a low `snr_threshold` keeps more rollouts; where "
-                "they do not, no reward tells the rollouts of a prompt apart."
+                "nothing is learned from them. "
+                + (
+                    "No reward scored any of them."
+                    if math.isnan(conflict_ratio)
+                    else f"The rewards disagree on {conflict_ratio:.0%} of the last one. Where they conflict, "
+                    "`conflict_filter='snr'` with a low `snr_threshold` keeps more rollouts; where they do not, no "
+                    "reward tells the rollouts of a prompt apart."
+                )
             )
 
     # Model card
@@ -292,7 +313,7 @@ class GD2POTrainer(GRPOTrainer):
         if obstacle is None:
             extents = torch.stack([trained_extent(batch) for batch in batches])
         else:
-            extents = torch.full((len(batches), 5), -1, device=self.accelerator.device)
+            extents = torch.full((len(batches), 4), -1, device=self.accelerator.device)
         # The one gather, and the one wait for the device, of a generation batch: (processes, micro-batches, extent)
         everywhere = gather(extents.unsqueeze(0)).cpu()
         if (everywhere < 0).any():
@@ -301,13 +322,14 @@ class GD2POTrainer(GRPOTrainer):
                 f"{f'`{obstacle}`' if obstacle else 'more than text and one advantage per rollout'}."
             )
             return batches
-        all_rows, trained_rows, all_tokens, trained_tokens, _ = everywhere.sum((0, 1)).tolist()
+        all_rows, trained_rows, trained_tokens, _ = everywhere.sum((0, 1)).tolist()
+        all_tokens = all_rows * self._metrics["train"]["completions/mean_length"][-1]
         self._metrics["train"]["gd2po/trained_rows"].append(trained_rows / all_rows)
         self._metrics["train"]["gd2po/trained_tokens"].append(trained_tokens / max(all_tokens, 1))
 
         # Metrics of the update gather one value per row, so that every process must run the same number of rows.
         rows = everywhere[:, :, 1].amax(0).clamp(min=0 if self._may_skip_forward() else 1).tolist()
-        lengths = everywhere[self.accelerator.process_index, :, 4].clamp(min=1).tolist()
+        lengths = everywhere[self.accelerator.process_index, :, 3].clamp(min=1).tolist()
         multiple = self.pad_to_multiple_of or 1
         reduced = []
         for batch, row_count, length in zip(batches, rows, lengths, strict=True):
@@ -323,6 +345,9 @@ class GD2POTrainer(GRPOTrainer):
     def training_step(self, *args, **kwargs):
         started = time.perf_counter()
         loss = super().training_step(*args, **kwargs)
+        if self.accelerator.device.type != "cpu":
+            # Costs nothing: right after this, transformers waits for the loss to look for NaN in it.
+            torch.accelerator.synchronize()
         self._update_time += time.perf_counter() - started - self._preparation_time
         if self._step % self.current_gradient_accumulation_steps == 0:  # where TRL logs `step_time`
             self._metrics["train"]["gd2po/update_time"].append(self._update_time)
@@ -366,21 +391,31 @@ def _check_before_loading(call: inspect.BoundArguments) -> None:
             f"`reward_weights` has {len(weights)} entries and there are {len(reward_funcs)} reward functions; give "
             "one weight for each, in their order."
         )
+    if adds_columns:
+        return
+    evaluation = arguments.get("eval_dataset")
+    named = evaluation if isinstance(evaluation, dict) else {"": evaluation}
+    _check_columns("training dataset", dataset, reward_funcs)
+    for name, eval_dataset in named.items():
+        _check_columns(f"evaluation dataset {name!r}" if name else "evaluation dataset", eval_dataset, reward_funcs)
+
+
+def _check_columns(what: str, dataset: Any, reward_funcs: list[Any]) -> None:
     columns = getattr(dataset, "column_names", None)
-    if not columns or adds_columns:
+    if not isinstance(columns, list) or not columns:  # unknown before it is read, or a dictionary of splits
         return
     if "prompt" not in columns:
         raise ValueError(
-            f"The training dataset has no column `prompt` (it has: {', '.join(columns)}). Rename the column that "
-            "holds the prompts, or map the dataset."
+            f"The {what} has no column `prompt` (it has: {', '.join(columns)}). Rename the column that holds the "
+            "prompts, or map the dataset."
         )
     for func in reward_funcs:
         for column in _required_columns(func):
             if column not in columns:
                 name = getattr(func, "__name__", type(func).__name__)
                 raise ValueError(
-                    f"The reward function '{name}' needs the dataset column `{column}`, which is missing (columns: "
-                    f"{', '.join(columns)}). Add it to the dataset, or give the parameter a default."
+                    f"The reward function '{name}' needs the dataset column `{column}`, which is missing in the "
+                    f"{what} (columns: {', '.join(columns)}). Add it, or give the parameter a default."
                 )
 
 

@@ -69,8 +69,8 @@ def trained_extent(batch: dict[str, Any]) -> torch.Tensor:
             `tool_mask` `(B, T)`.
 
     Returns:
-        `torch.Tensor` of shape `(5,)`, int64: rows, rows with a gradient, tokens that count in the loss, such tokens
-        of rows with a gradient, and the last column, counted from 1, that holds one of the latter (0 without any).
+        `torch.Tensor` of shape `(4,)`, int64: rows, rows with a gradient, their tokens that count in the loss, and the
+        last column, counted from 1, that holds one of these (0 without any).
     """
     counts = loss_mask(batch) != 0
     counts_and_trains = counts & (batch["advantages"] != 0).unsqueeze(1)
@@ -79,7 +79,6 @@ def trained_extent(batch: dict[str, Any]) -> torch.Tensor:
         [
             torch.full_like(columns[0], len(counts)),
             counts_and_trains.any(1).sum(),
-            counts.sum(),
             counts_and_trains.sum(),
             (columns * counts_and_trains.any(0)).amax(),
         ]

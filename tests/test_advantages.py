@@ -88,11 +88,10 @@ def plain_advantages(rewards, group, weights, tokens, conflict_filter, tau, cons
         if total <= 1:
             values = [0.0] * size
         else:
-            mean = sum(n * v for n, v in zip(counts, values, strict=True)) / total
+            mean = sum(n * v for n, v in zip(counts, values, strict=True)) / total if shift else 0.0
             variance = sum(n * (v - mean) ** 2 for n, v in zip(counts, values, strict=True)) / (total - 1)
             values = [
-                (v - (mean if shift else 0.0)) / math.sqrt(variance + 1e-8) if n else 0.0
-                for n, v in zip(counts, values, strict=True)
+                (v - mean) / math.sqrt(variance + 1e-8) if n else 0.0 for n, v in zip(counts, values, strict=True)
             ]
     if consensus == "after_whitening":
         values = [value * q for value, q in zip(values, share, strict=True)]
@@ -239,6 +238,24 @@ def test_scaling_without_shift_leaves_groups_without_signal_at_zero():
     assert torch.equal(scaled.advantages.sign()[:4], torch.tensor([1.0, -1.0, -1.0, -1.0]))
 
 
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from([0.0, 1.0, 3.0]), st.sampled_from([0.0, 1.0])), min_size=8, max_size=8),
+    st.sampled_from(["token", "sequence"]),
+)
+def test_scaling_without_shift_is_bounded(rows, whitening):
+    """Also where the values that are left are all alike, and have no spread about their mean."""
+    counts = torch.tensor([50] * 8)
+    breakdown = compute_advantages(
+        torch.tensor(rows), 4, token_counts=counts, whitening=whitening, whitening_shift_mean=False
+    )
+    # Of N values with a mean square of at most 1 none is above sqrt(N).
+    assert breakdown.advantages.abs().max() <= 8**0.5
+    alike = torch.tensor([[3.0, 1.0], [0.0, 1.0], [3.0, 0.0], [3.0, 0.0]])
+    alone = compute_advantages(alike, 4, token_counts=[50] * 4, whitening_shift_mean=False).advantages
+    assert alone[0].abs() <= 1.01 and (alone[1:] == 0).all()
+
+
 def test_rounding_of_the_mean_gives_no_advantage():
     """Without a filter and with equal lengths the mean is 0, but not its sum in floating point."""
     torch.manual_seed(0)
@@ -306,6 +323,13 @@ def test_metrics_of_a_hand_made_batch():
     assert metrics["cancellation"] == pytest.approx(0.5)
     assert metrics["frac_groups_without_signal"] == pytest.approx(0.5)
     assert metrics["conflict_ratio/a_vs_b"] == pytest.approx(2 / 7)
+
+
+def test_a_rollout_without_tokens_conflicts_in_no_pair():
+    rewards = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
+    breakdown = compute_advantages(rewards, 4, token_counts=[0, 0, 5, 5])
+    metrics = conflict_metrics(rewards, breakdown, ["a", "b"], 4)
+    assert metrics["conflict_ratio"] == metrics["conflict_ratio/a_vs_b"] == 0.5
 
 
 def test_metrics_of_an_unscored_batch_are_nan_not_infinite():

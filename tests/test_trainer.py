@@ -296,6 +296,29 @@ def test_pairs_and_zero_std_share(build):
     assert trainer.state.log_history[0]["frac_reward_zero_std"] == 1
 
 
+def test_tables_hold_rollouts_of_training_or_of_evaluation(build, tmp_path):
+    """TRL would keep the last rollouts of either; an evaluation then cuts a group of the training in two."""
+    trainer = build(
+        log_completions=True,
+        num_completions_to_print=0,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=4,
+        steps_per_generation=4,
+        max_steps=4,
+        eval_strategy="steps",
+        eval_steps=2,
+        num_generations_eval=2,
+        per_device_eval_batch_size=6,
+        trainer_kwargs={"eval_dataset": letters_dataset(3)},
+    )
+    trainer.train()
+    tables = [pd.read_parquet(path) for path in sorted((tmp_path / "run" / "completions").glob("*.parquet"))]
+    # The evaluation after a step replaces the table of that step.
+    assert [len(table) for table in tables] == [16, 6, 16, 6]
+    for table, num_generations in zip(tables, [4, 2, 4, 2], strict=True):
+        assert (table["prompt"].value_counts() % num_generations == 0).all()
+
+
 @pytest.mark.parametrize("skip", [True, False])
 def test_update_time_is_the_step_without_generation_and_rewards(build, skip):
     def slow(completions, **kwargs):
@@ -371,6 +394,19 @@ def test_a_reward_that_never_returns_is_named(build):
             build(reward_funcs=[culprit], reward_timeout=0.2).train()
 
 
+@pytest.mark.parametrize("timeout", [None, 30.0])
+def test_a_timeout_of_the_reward_itself_is_not_taken_for_ours(build, timeout):
+    async def asks_a_judge(completions, **kwargs):
+        raise TimeoutError("judge: connect timed out")
+
+    def asks_another(completions, **kwargs):
+        raise TimeoutError("judge: connect timed out")
+
+    for culprit in (asks_a_judge, asks_another):
+        with pytest.raises(RewardError, match=f"'{culprit.__name__}' raised TimeoutError: judge: connect timed out"):
+            build(reward_funcs=[culprit], reward_timeout=timeout).train()
+
+
 def test_tensors_and_numpy_scalars_are_rewards(build):
     import numpy
 
@@ -390,6 +426,11 @@ def needs_answer(completions, answer, **kwargs):
     return [1.0 for _ in completions]
 
 
+def answered():
+    dataset = letters_dataset()
+    return dataset.add_column("answer", ["a"] * len(dataset))
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -398,6 +439,11 @@ def needs_answer(completions, answer, **kwargs):
         ({"reward_funcs": [low_bytes, 3]}, ["reward_funcs[1]", "3"]),
         ({"reward_funcs": needs_answer}, ["'needs_answer'", "`answer`", "prompt"]),
         ({"dataset": letters_dataset().rename_column("prompt", "question")}, ["`prompt`", "question"]),
+        (
+            {"reward_funcs": needs_answer, "dataset": answered(), "eval_dataset": {"hard": letters_dataset()}},
+            ["'needs_answer'", "`answer`", "evaluation dataset 'hard'"],
+        ),
+        ({"eval_dataset": letters_dataset().rename_column("prompt", "q")}, ["`prompt`", "evaluation dataset"]),
         ({"reward_weights": [1.0]}, ["reward_weights", "1 entries", "2 reward functions"]),
     ],
 )
@@ -410,6 +456,7 @@ def test_mistakes_are_found_before_the_model_is_loaded(tmp_path, arguments, word
             arguments["reward_funcs"],
             tiny_args(tmp_path, reward_weights=weights),
             train_dataset=arguments["dataset"],
+            eval_dataset=arguments.get("eval_dataset"),
         )
     assert all(word in str(error.value) for word in words), str(error.value)
 

@@ -82,8 +82,12 @@ class RewardGuard:
 
         async def awaited(*, prompts: list, **kwargs: Any) -> list[float | None]:
             try:
-                call = reward_func(prompts=prompts, **kwargs)
-                return check_rewards(await asyncio.wait_for(call, self.timeout), len(prompts), name)
+                call = asyncio.ensure_future(reward_func(prompts=prompts, **kwargs))
+                done, _ = await asyncio.wait([call], timeout=self.timeout)
+                if not done:
+                    call.cancel()
+                    raise _TimeIsUp
+                return check_rewards(call.result(), len(prompts), name)
             except Exception as error:
                 return self._fail(self._describe(error, name), len(prompts), error)
 
@@ -110,7 +114,7 @@ class RewardGuard:
     def _describe(self, error: Exception, name: str) -> str:
         if isinstance(error, RewardError):
             return str(error)
-        if isinstance(error, (TimeoutError, asyncio.TimeoutError)):
+        if isinstance(error, _TimeIsUp):
             return (
                 f"The reward function '{name}' did not return within reward_timeout={self.timeout} seconds. Make it "
                 "faster, or raise `reward_timeout`."
@@ -127,11 +131,19 @@ class RewardGuard:
         return [None] * num_completions
 
 
+class _TimeIsUp(Exception):
+    """Ours, to tell it from a `TimeoutError` of the reward function's own."""
+
+
 def _call_with_timeout(call: Callable[[], Any], timeout: float) -> Any:
     outcome: dict[str, Any] = {}
+    # A thread starts on the first device, which on several processes is not this one's.
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
     def run() -> None:
         try:
+            if device is not None:
+                torch.cuda.set_device(device)
             outcome["value"] = call()
         except Exception as error:
             outcome["error"] = error
@@ -141,7 +153,7 @@ def _call_with_timeout(call: Callable[[], Any], timeout: float) -> Any:
     thread.start()
     thread.join(timeout)
     if thread.is_alive():
-        raise TimeoutError
+        raise _TimeIsUp
     if "error" in outcome:
         raise outcome["error"]
     return outcome["value"]
