@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # One thread is faster for models as small as those of the quickstart and the tests.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test test-all test-matrix test-vllm lint format clean
+.PHONY: quickstart test test-matrix test-vllm lint format clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/gd2po quickstart

@@ -11,6 +11,9 @@ from .errors import UsageError
 
 logger = logging.getLogger(__name__)
 
+# Of DeepSpeed, and of FSDP with a sharded state dict.
+ENGINE_FOLDERS = ("global_step", "pytorch_model_fsdp", "optimizer_")
+
 
 def checkpoint_to_resume(resume: str | bool | None, output_dir: str | Path) -> str | None:
     """
@@ -28,10 +31,16 @@ def checkpoint_to_resume(resume: str | bool | None, output_dir: str | Path) -> s
         checkpoint.
 
     Raises:
-        [`UsageError`]: if a folder was named and is no intact checkpoint.
+        [`UsageError`]: if a folder was named and is no intact checkpoint, or if a fresh start would meet checkpoints:
+            by their numbers they would be taken for the new run's, which would delete and resume the wrong ones.
     """
     text = str(resume).lower()
     if text in ("none", "false", ""):
+        if any(Path(output_dir).glob("checkpoint-*")):
+            raise UsageError(
+                f"`output_dir` '{output_dir}' holds checkpoints of another run. Give another `output_dir`, delete them, "
+                "or go on from them with `resume_from_checkpoint: latest`."
+            )
         return None
     if text not in ("true", "latest"):
         damage = find_damage(Path(str(resume)))
@@ -59,8 +68,8 @@ def find_damage(checkpoint: Path) -> str | None:
     except ValueError:
         return "trainer_state.json is truncated"
     weights = list(checkpoint.glob("*.safetensors"))
-    # Sharded engines (FSDP, DeepSpeed) keep theirs in folders of their own and check them themselves.
-    is_sharded = any(entry.is_dir() for entry in checkpoint.iterdir())
+    # Sharded engines keep theirs in folders of their own and check them themselves.
+    is_sharded = any(entry.is_dir() and entry.name.startswith(ENGINE_FOLDERS) for entry in checkpoint.iterdir())
     if not weights and not is_sharded:
         return "it holds no weights"
     for file in weights:

@@ -14,6 +14,7 @@ from .advantages import (
     check_choice,
     check_snr_threshold,
 )
+from .row_skipping import LOSS_DENOMINATORS
 
 
 # The four methods that one trainer covers. Every preset sets the same fields, so that switching leaves nothing behind.
@@ -146,6 +147,18 @@ class GD2POConfig(GRPOConfig):
                 f"`num_generations` is {self.num_generations}; an advantage compares the rollouts of a prompt: "
                 "there must be at least 2."
             )
+        for name, choices in (("loss_type", LOSS_DENOMINATORS), ("importance_sampling_level", ("token", "sequence"))):
+            # TRL itself refuses an unknown one after the first generation. A later version may know more, and names
+            # them in its help text.
+            if f"'{getattr(self, name)}'" not in self.__dataclass_fields__[name].metadata["help"]:
+                check_choice(name, getattr(self, name), tuple(choices))
+        for name in ("num_iterations", "per_device_train_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be at least 1.")
+        if not self.temperature > 0:
+            raise ValueError(f"`temperature` is {self.temperature!r}; it must be positive.")
+        if not self.learning_rate >= 0:
+            raise ValueError(f"`learning_rate` is {self.learning_rate!r}; it must not be negative.")
         super().__post_init__()
         check_choice("scale_rewards", self.scale_rewards, SCALE_REWARDS)
 

@@ -8,6 +8,7 @@ can run code is the dotted path of a reward function.
 
 import difflib
 import json
+import os
 import sys
 import types
 import typing
@@ -43,7 +44,7 @@ class DatasetArguments:
     dataset_kwargs: dict | str | None = field(default=None, metadata={"help": "Loader's keyword arguments (JSON)."})
 
     def __post_init__(self):
-        self.dataset_kwargs = _as_mapping("dataset_kwargs", self.dataset_kwargs)
+        self.dataset_kwargs = _loader_kwargs("dataset", self.dataset_kwargs)
 
 
 @dataclass
@@ -87,7 +88,7 @@ class RecipeArguments(DatasetArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        self.eval_dataset_kwargs = _as_mapping("eval_dataset_kwargs", self.eval_dataset_kwargs)
+        self.eval_dataset_kwargs = _loader_kwargs("eval_dataset", self.eval_dataset_kwargs)
         self.reward_kwargs = {
             label: _as_mapping(f"reward_kwargs.{label}", kwargs)
             for label, kwargs in _as_mapping("reward_kwargs", self.reward_kwargs).items()
@@ -98,6 +99,11 @@ class RecipeArguments(DatasetArguments):
             raise UsageError(f"`max_prompt_tokens` is {self.max_prompt_tokens}; it must be at least 1.")
         if not self.reward_funcs:
             raise UsageError("`reward_funcs` is missing: a recipe names at least one reward.")
+        for label in self.reward_funcs:
+            if not isinstance(label, str):
+                raise UsageError(
+                    f"`reward_funcs` holds {label!r}; it lists labels, and `reward_kwargs` says the rest."
+                )
         if len(set(self.reward_funcs)) != len(self.reward_funcs):
             raise UsageError(
                 "`reward_funcs` names a reward twice; give the second a label of its own and its `type` in "
@@ -193,9 +199,7 @@ def parse_recipe(
             settings.pop(name, None)
     if method is not None:
         settings = {**_method_preset(method), **settings, "method": method}
-    if isinstance(settings.get("scale_rewards"), bool):  # which TRL takes as well, though its type hint says `str`
-        settings["scale_rewards"] = "group" if settings["scale_rewards"] else "none"
-
+    settings = {key: _as_meant(key, value) for key, value in settings.items()}
     hints = {name: hint for kind in parser.dataclass_types for name, hint in typing.get_type_hints(kind).items()}
     for key, value in settings.items():
         _check_type(key, value, hints[key], source)
@@ -208,9 +212,10 @@ def parse_recipe(
         raise UsageError(str(error)) from error
     if parsed[-1].model_name_or_path is None:
         raise UsageError("`model_name_or_path` is missing: name the policy's folder or Hub id.")
+    parsed[-1].model_name_or_path = os.path.expanduser(parsed[-1].model_name_or_path)
     values = {key: value for part in reversed(parsed) for key, value in vars(part).items()}
     was_set = [key for key in sorted(keys) if key in settings or key in given or f"no_{key}" in given]
-    return parsed, _without_secrets({key: values[key] for key in was_set})
+    return parsed, without_secrets({key: _as_written(values[key], hints[key]) for key in was_set})
 
 
 def read_recipe_file(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -232,7 +237,7 @@ def read_recipe_file(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]
         raise UsageError(f"Recipe '{path}' is not UTF-8 text.") from error
     try:
         content = yaml.load(text, Loader=_UniqueKeyLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # the latter for a date that no calendar has
         raise UsageError(f"Recipe '{path}' is not valid YAML: {' '.join(str(error).split())}") from error
     except RecursionError as error:
         raise UsageError(f"Recipe '{path}' is nested too deeply.") from error
@@ -333,6 +338,34 @@ def _as_mapping(name: str, value: Any) -> dict[str, Any]:
     return dict(value)
 
 
+def _loader_kwargs(dataset: str, value: Any) -> dict[str, Any]:
+    kwargs = _as_mapping(f"{dataset}_kwargs", value)
+    for name in ("path", "split"):
+        if name in kwargs:
+            raise UsageError(f"`{dataset}_kwargs` holds `{name}`; that is the key `{dataset}_{name}`.")
+    return kwargs
+
+
+def _as_meant(key: str, value: Any) -> Any:
+    """What a YAML value means where YAML, or TRL's type hint, says it in another type."""
+    if key == "scale_rewards" and isinstance(value, bool):
+        return "group" if value else "none"
+    if key.endswith("_strategy") and value is False:  # YAML's reading of `no`
+        return "no"
+    if key == "resume_from_checkpoint" and isinstance(value, bool):
+        return "latest" if value else None
+    return value
+
+
+def _as_written(value: Any, hint: Any) -> Any:
+    """What a recipe would say for `value`, which TRL or transformers made of it."""
+    if hasattr(value, "to_dict"):
+        return value.to_dict()
+    members = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    accepted = {typing.get_origin(member) or member for member in members}
+    return [value] if isinstance(value, str) and accepted <= {list, type(None)} else value
+
+
 def _check_type(key: str, value: Any, hint: Any, source: str) -> None:
     """argparse converts text only; any other YAML value must already be what the field holds."""
     members = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
@@ -365,8 +398,8 @@ def _check_weights(arguments: Any, training: Any) -> None:
 
 def _refuse_remote_code(settings: dict[str, Any], source: str) -> None:
     """A file may come from anyone; what lets code of a model's repository in takes a word on the command line."""
-    model_kwargs = settings.get("model_init_kwargs")
-    places = {"": settings, "model_init_kwargs.": model_kwargs if isinstance(model_kwargs, dict) else {}}
+    model_kwargs = _as_mapping("model_init_kwargs", settings.get("model_init_kwargs"))
+    places = {"": settings, "model_init_kwargs.": model_kwargs}
     for prefix, mapping in places.items():
         for key in ("trust_remote_code", "use_kernels"):
             if mapping.get(key):
@@ -383,14 +416,19 @@ _REMOTE_CODE = (
 )
 
 
+_SECRET_WORDS = ("password", "secret", "api_key", "apikey", "headers", "authorization")
 _TOKENS_OF_THE_VOCABULARY = ("eos_token", "pad_token")
 
 
-def _without_secrets(settings: dict[str, Any]) -> dict[str, Any]:
-    """`settings` without what would give an account away, in nested mappings too."""
-    return {
-        key: _without_secrets(value) if isinstance(value, dict) else value
-        for key, value in settings.items()
-        if not any(word in key.lower() for word in ("password", "secret", "api_key", "headers", "authorization"))
-        and not (key.endswith("_token") and key not in _TOKENS_OF_THE_VOCABULARY)
-    }
+def without_secrets(settings: Any) -> Any:
+    """`settings` without what would give an account away, in nested mappings and lists too."""
+    if isinstance(settings, (list, tuple)):
+        return [without_secrets(item) for item in settings]
+    if not isinstance(settings, dict):
+        return settings
+    return {key: without_secrets(value) for key, value in settings.items() if not _is_secret(str(key).lower())}
+
+
+def _is_secret(key: str) -> bool:
+    is_token = key == "token" or key.endswith("_token")
+    return (is_token and key not in _TOKENS_OF_THE_VOCABULARY) or any(word in key for word in _SECRET_WORDS)

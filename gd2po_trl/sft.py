@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING
 
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 
-from .checkpoints import checkpoint_to_resume
 from .datasets import load_dataset_by_name
 from .errors import UsageError
 from .recipe import DatasetArguments, Recipe, parse_recipe
-from .training import check_model, load_tokenizer, model_init_kwargs, train_and_save
+from .training import check_model, load_tokenizer, model_init_kwargs, one_clear_error, prepare_output, train_and_save
 
 
 if TYPE_CHECKING:
@@ -63,9 +62,8 @@ def run_sft(recipe: Recipe) -> SFTTrainer:
         [`UsageError`]: for a model, a data set or a checkpoint that is not there, and for data without completions.
     """
     arguments, training, model = recipe.arguments, recipe.training, recipe.model
-    checkpoint = checkpoint_to_resume(training.resume_from_checkpoint, training.output_dir)
+    checkpoint = prepare_output(recipe)
     check_model(recipe)
-    tokenizer = load_tokenizer(recipe)
     with training.main_process_first(desc="loading the data"):
         dataset = load_dataset_by_name(
             arguments.dataset, arguments.dataset_path, arguments.dataset_split, **arguments.dataset_kwargs
@@ -75,18 +73,21 @@ def run_sft(recipe: Recipe) -> SFTTrainer:
                 f"The data set '{arguments.dataset}' has the columns {', '.join(dataset.column_names)}; a warm-up "
                 "needs `prompt` and `completion`, as rlla_sft has them."
             )
+        with one_clear_error():
+            tokenizer = load_tokenizer(recipe, dataset)
         if training.max_length is not None:
             dataset = _drop_long_examples(dataset, tokenizer, training.max_length)
 
     training.model_init_kwargs = model_init_kwargs(recipe)
-    trainer = SFTTrainer(
-        model=model.model_name_or_path,
-        args=training,
-        train_dataset=dataset,
-        processing_class=tokenizer,
-        quantization_config=get_quantization_config(model),
-        peft_config=get_peft_config(model),
-    )
+    with one_clear_error():
+        trainer = SFTTrainer(
+            model=model.model_name_or_path,
+            args=training,
+            train_dataset=dataset,
+            processing_class=tokenizer,
+            quantization_config=get_quantization_config(model),
+            peft_config=get_peft_config(model),
+        )
     train_and_save(trainer, recipe, checkpoint)
     return trainer
 
@@ -94,7 +95,10 @@ def run_sft(recipe: Recipe) -> SFTTrainer:
 def _drop_long_examples(dataset: "Dataset", tokenizer: "PreTrainedTokenizerBase", max_length: int) -> "Dataset":
     def length(row: dict) -> int:
         if isinstance(row["prompt"], str):
-            return len(tokenizer(row["prompt"] + row["completion"])["input_ids"])
+            # TRL adds the end of the sequence where it is missing, and then cuts at `max_length`.
+            end = tokenizer.eos_token or ""
+            completion = row["completion"] if row["completion"].endswith(end) else row["completion"] + end
+            return len(tokenizer(row["prompt"] + completion)["input_ids"])
         return len(tokenizer.apply_chat_template(row["prompt"] + row["completion"], return_dict=False))
 
     lengths = [length(row) for row in dataset.select_columns(["prompt", "completion"])]

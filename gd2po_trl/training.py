@@ -3,7 +3,8 @@
 import importlib.util
 import logging
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from .datasets import load_dataset_by_name
 from .errors import UsageError
 from .recipe import Recipe
 from .rewards import resolve_reward
+from .rewards.guard import RewardError
 
 
 if TYPE_CHECKING:
@@ -56,7 +58,7 @@ def run_recipe(recipe: Recipe, *, callbacks: Sequence["TrainerCallback"] = ()) -
             "`use_vllm` is true, and vLLM is not installed: `pip install 'gd2po-trl[vllm]'`, or set `use_vllm` to "
             "false, which is much slower."
         )
-    checkpoint = checkpoint_to_resume(training.resume_from_checkpoint, training.output_dir)
+    checkpoint = prepare_output(recipe)
     check_model(recipe)
     train_dataset, eval_dataset = load_datasets(recipe)
 
@@ -67,23 +69,21 @@ def run_recipe(recipe: Recipe, *, callbacks: Sequence["TrainerCallback"] = ()) -
     from .gd2po_trainer import GD2POTrainer
 
     training.model_init_kwargs = model_init_kwargs(recipe)
-    try:
+    with one_clear_error():
         trainer = GD2POTrainer(
             model=model.model_name_or_path,
             reward_funcs=reward_funcs,
             args=training,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            processing_class=load_tokenizer(recipe),
+            processing_class=load_tokenizer(recipe, train_dataset),
             quantization_config=get_quantization_config(model),
             peft_config=get_peft_config(model),
         )
-    except ValueError as error:  # a setting, a column or a weight that does not fit
-        raise UsageError(str(error)) from error
-    for reward_func in reward_funcs:
-        # Dead weights, an unreachable server or an inverted direction show before the first generation.
-        if hasattr(reward_func, "load"):
-            reward_func.load()
+        for reward_func in reward_funcs:
+            # Dead weights, an unreachable server or an inverted direction show before the first generation.
+            if hasattr(reward_func, "load"):
+                reward_func.load()
     for callback in callbacks:
         if isinstance(callback, ProgressCallback):
             # In a notebook the default is a table of losses.
@@ -101,6 +101,33 @@ def model_init_kwargs(recipe: Recipe) -> dict[str, Any]:
         "dtype": recipe.model.dtype,
         **(recipe.training.model_init_kwargs or {}),
     }
+
+
+def prepare_output(recipe: Recipe) -> str | None:
+    """
+    Make `output_dir`, and find the checkpoint to resume from there, or `None`.
+
+    Raises:
+        [`UsageError`]: if it cannot be written to, or as [`checkpoint_to_resume`].
+    """
+    folder = recipe.training.output_dir
+    checkpoint = checkpoint_to_resume(recipe.training.resume_from_checkpoint, folder)
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"`output_dir` '{folder}' cannot be written to: {error.strerror}.") from error
+    return checkpoint
+
+
+@contextmanager
+def one_clear_error() -> Iterator[None]:
+    """Say in one line what does not fit, or cannot be read, while a trainer is built."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (ValueError, OSError, ImportError, SafetensorError, RewardError) as error:
+        raise UsageError(" ".join(str(error).split())) from error
 
 
 def train_and_save(trainer: "Trainer", recipe: Recipe, checkpoint: str | None) -> None:
@@ -136,9 +163,9 @@ def check_model(recipe: Recipe) -> None:
         raise UsageError(f"`model_name_or_path` is '{name}', which cannot be loaded: {reason}") from error
 
 
-def load_tokenizer(recipe: Recipe) -> "PreTrainedTokenizerBase":
+def load_tokenizer(recipe: Recipe, dataset: "Dataset") -> "PreTrainedTokenizerBase":
     """
-    The policy's tokenizer, set up as TRL does, except that completions stay text.
+    The policy's tokenizer for `dataset`, set up as TRL does, except that completions stay text.
 
     TRL parses a completion into fields where the tokenizer has a response template, and what the rewards of a recipe
     read, such as `<think>` or `<tool_call>`, would then be gone from its content.
@@ -156,15 +183,21 @@ def load_tokenizer(recipe: Recipe) -> "PreTrainedTokenizerBase":
         if getattr(tokenizer, attribute, None) is not None:
             logger.info(f"The {attribute} of the tokenizer is left out: rewards read completions as text.")
             setattr(tokenizer, attribute, None)
+    if tokenizer.chat_template is None and not isinstance(dataset[0]["prompt"], str):
+        raise UsageError(
+            f"The prompts are lists of messages, and the tokenizer of '{recipe.model.model_name_or_path}' has no chat "
+            "template. Take an instruction-tuned policy, or prompts that are text."
+        )
     return tokenizer
 
 
 def load_datasets(recipe: Recipe) -> tuple["Dataset", "Dataset | None"]:
     """The training set and, where the recipe evaluates, the evaluation set."""
     arguments, training = recipe.arguments, recipe.training
-    wants_eval = training.eval_strategy != "no"
+    wants_eval = training.eval_strategy != "no" or training.eval_on_start
     if wants_eval and arguments.eval_dataset is None:
-        raise UsageError(f"`eval_strategy` is {str(training.eval_strategy)!r} and `eval_dataset` is not set.")
+        key = "eval_on_start" if training.eval_strategy == "no" else "eval_strategy"
+        raise UsageError(f"`{key}` is {str(getattr(training, key))!r} and `eval_dataset` is not set.")
     with training.main_process_first(desc="loading the data"):
         train = load_dataset_by_name(
             arguments.dataset, arguments.dataset_path, arguments.dataset_split, **arguments.dataset_kwargs
@@ -189,7 +222,7 @@ def _limit_prompts(dataset: "Dataset", recipe: Recipe) -> "Dataset":
     from .datasets import drop_long_prompts, truncate_prompts_left
 
     limit = recipe.arguments.max_prompt_tokens
-    tokenizer = load_tokenizer(recipe)
+    tokenizer = load_tokenizer(recipe, dataset)
     limiter = drop_long_prompts if recipe.arguments.long_prompts == "drop" else truncate_prompts_left
     limited, count = limiter(dataset, tokenizer, limit)
     if count:
@@ -226,7 +259,11 @@ def write_resolved_recipe(recipe: Recipe) -> Path:
         f"# trl {trl.__version__}, transformers {transformers.__version__}, torch {torch.__version__}, "
         f"Python {platform.python_version()}\n"
     )
-    plain = {key: _plain(value) for key, value in recipe.settings.items()}
+    # What repeats the run neither resumes it nor lets code in unasked.
+    left_out = {"resume_from_checkpoint", "trust_remote_code"} & recipe.settings.keys()
+    if recipe.settings.get("trust_remote_code"):
+        header += "# It ran with --trust_remote_code, which only a command line can say.\n"
+    plain = {key: _plain(value) for key, value in recipe.settings.items() if key not in left_out}
     path.write_text(header + yaml.safe_dump(plain, allow_unicode=True, sort_keys=True), encoding="utf-8")
     return path
 

@@ -36,14 +36,24 @@ def truncate(path: Path) -> None:
 def test_the_newest_is_taken(run):
     for word in (True, "true", "latest"):
         assert checkpoint_to_resume(word, run) == str(run / "checkpoint-2")
-    for word in (None, False, "false"):
-        assert checkpoint_to_resume(word, run) is None
     named = str(run / "checkpoint-1")
     assert checkpoint_to_resume(named, run) == named
 
 
+def test_a_fresh_start_meets_no_checkpoints(run):
+    for word in (None, False, "false"):
+        with pytest.raises(UsageError, match="checkpoints of another run"):
+            checkpoint_to_resume(word, run)
+
+
+def test_the_folder_above_is_no_checkpoint(run):
+    with pytest.raises(UsageError, match="is missing"):
+        checkpoint_to_resume(str(run), run)
+
+
 def test_nothing_to_resume(tmp_path):
-    assert checkpoint_to_resume("latest", tmp_path / "nowhere") is None
+    for word in ("latest", None, False, "false"):
+        assert checkpoint_to_resume(word, tmp_path / "nowhere") is None
     with pytest.raises(UsageError, match="no such folder"):
         checkpoint_to_resume(str(tmp_path / "checkpoint-9"), tmp_path)
 

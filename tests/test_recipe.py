@@ -47,6 +47,24 @@ def test_values_and_overrides(write):
     assert nested.arguments.reward_kwargs["length"]["max_words"] == 8
 
 
+def test_a_date_that_no_calendar_has(write):
+    with pytest.raises(UsageError, match="not valid YAML.*month"):
+        load_recipe(write("run_name: 2024-13-45"))
+
+
+def test_values_that_yaml_reads_as_booleans(write):
+    lines = "eval_strategy: no\nsave_strategy: no\nresume_from_checkpoint: yes\n"
+    recipe = load_recipe(write(yaml.safe_dump(MINIMAL) + lines))
+    assert recipe.training.eval_strategy == recipe.training.save_strategy == "no"
+    assert recipe.training.resume_from_checkpoint == "latest"
+    assert load_recipe(write({**MINIMAL, "resume_from_checkpoint": False})).training.resume_from_checkpoint is None
+
+
+def test_home_folder(write, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert load_recipe(write({**MINIMAL, "model_name_or_path": "~/x"})).model.model_name_or_path == "/home/someone/x"
+
+
 @pytest.mark.parametrize(("written", "meant"), [(True, "group"), (False, "none"), ("batch", "batch")])
 def test_scale_rewards_as_in_trl(write, written, meant):
     assert load_recipe(write({**MINIMAL, "scale_rewards": written})).training.scale_rewards == meant
@@ -116,6 +134,15 @@ def test_methods(write, method, expected):
         ({"trust_remote_code": True}, ["trust_remote_code", "command line"]),
         ({"model_init_kwargs": {"trust_remote_code": True}}, ["model_init_kwargs.trust_remote_code"]),
         ({"model_init_kwargs": {"use_kernels": True}}, ["model_init_kwargs.use_kernels"]),
+        ({"model_init_kwargs": '{"trust_remote_code": true}'}, ["model_init_kwargs.trust_remote_code"]),
+        ({"reward_funcs": [{"a": 1}]}, ["reward_funcs", "labels"]),
+        ({"dataset_kwargs": {"split": "test"}}, ["dataset_kwargs", "`dataset_split`"]),
+        ({"eval_dataset_kwargs": {"path": "x"}}, ["eval_dataset_kwargs", "`eval_dataset_path`"]),
+        ({"loss_type": "gpro"}, ["loss_type", "'gpro'", "'grpo'"]),
+        ({"importance_sampling_level": "word"}, ["importance_sampling_level", "'sequence'"]),
+        ({"temperature": 0}, ["temperature", "positive"]),
+        ({"learning_rate": -1}, ["learning_rate", "negative"]),
+        ({"num_iterations": 0}, ["num_iterations", "at least 1"]),
         ({"attn_implementation": "someone/kernel"}, ["attn_implementation", "command line"]),
         ({"reward_timeout": -1}, ["reward_timeout", "-1"]),
     ],
@@ -168,6 +195,15 @@ def test_secrets_are_not_kept(write):
     rewards = {"length": {"type": "remote_scorer", "url": "http://x", "headers": {"Authorization": "Bearer hf_s"}}}
     recipe = load_recipe(write({**MINIMAL, "reward_kwargs": rewards}))
     assert recipe.arguments.reward_kwargs["length"]["headers"] and "hf_s" not in str(recipe.settings)
+
+
+def test_secrets_in_nested_settings_are_not_kept(write):
+    rewards = {1: {}, "judge": {"type": "x.y", "token": "hf_s", "servers": [{"url": "a", "api_key": "hf_s"}]}}
+    recipe = load_recipe(write({**MINIMAL, "reward_kwargs": rewards, "model_init_kwargs": {"token": "hf_s"}}))
+    assert "hf_s" not in str(recipe.settings) and recipe.settings["reward_kwargs"]["judge"]["servers"] == [
+        {"url": "a"}
+    ]
+    assert recipe.training.model_init_kwargs == {"token": "hf_s"}
 
 
 def test_tokens_of_the_vocabulary_are_no_secrets(write):
@@ -232,7 +268,7 @@ def test_rewards_by_name(tiny_reward_model):
 
     assert inspect.iscoroutinefunction(waiting)
     assert resolve_reward(str(tiny_reward_model)) == str(tiny_reward_model)
-    assert resolve_reward("helpful", {"type": "some/model"}) == "some/model"
+    assert resolve_reward("helpful", {"type": str(tiny_reward_model)}) == str(tiny_reward_model)
 
 
 @pytest.mark.parametrize(
@@ -361,6 +397,69 @@ def test_a_policy_of_python_code_needs_a_word_on_the_command_line(write, runnabl
     assert main(["train", "--config", str(path)]) == 2
     assert "trust_remote_code" in capsys.readouterr().err
     assert main(["train", "--config", str(path), "--trust_remote_code"]) == 0
+
+
+def test_a_second_run_does_not_touch_the_checkpoints_of_the_first(write, runnable, tmp_path, capsys):
+    path = write(runnable)
+    assert main(["train", "--config", str(path)]) == 0
+    before = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
+    assert main(["train", "--config", str(path), "--seed", "2", "--max_steps", "1"]) == 2
+    assert "holds checkpoints of another run" in capsys.readouterr().err
+    assert {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()} == before
+    assert main(["train", "--config", str(path), "--resume_from_checkpoint", "latest"]) == 0
+
+
+REMOTE = {"type": "remote_scorer", "template": "{prompt} {response}"}
+
+
+def break_weights(policy):
+    (policy / "model.safetensors").write_bytes((policy / "model.safetensors").read_bytes()[:1000])
+
+
+def break_tokenizer(policy):
+    (policy / "tokenizer.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    "damage", [break_weights, break_tokenizer, lambda policy: (policy / "model.safetensors").unlink()]
+)
+def test_a_damaged_policy_is_one_line(write, runnable, tiny_policy, tmp_path, capsys, damage):
+    policy = tmp_path / "policy"
+    shutil.copytree(tiny_policy, policy)
+    damage(policy)
+    path = write({**runnable, "model_name_or_path": str(policy)})
+    capsys.readouterr()
+    assert main(["train", "--config", str(path)]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"eval_on_start": True}, ["eval_on_start", "eval_dataset"]),
+        ({"output_dir": __file__}, ["output_dir", "cannot be written to"]),
+        (
+            {"reward_kwargs": {"spread": {**REMOTE, "url": "http://127.0.0.1:9"}}},
+            ["spread", "127.0.0.1:9"],
+        ),
+    ],
+)
+def test_what_cannot_be_trained_is_one_line(write, runnable, capsys, changes, words):
+    changes = {**changes, "reward_kwargs": {**runnable["reward_kwargs"], **changes.get("reward_kwargs", {})}}
+    assert main(["train", "--config", str(write({**runnable, **changes}))]) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error and all(word in error for word in words), error
+
+
+def test_conversations_need_a_chat_template(write, runnable, tiny_policy, tmp_path, capsys):
+    policy = tmp_path / "policy"
+    shutil.copytree(tiny_policy, policy)
+    (policy / "chat_template.jinja").unlink()
+    message = '{"prompt": [{"role": "user", "content": "call f"}], "answer": ""}\n'
+    (tmp_path / "messages.jsonl").write_text(message * 8)
+    data = {"model_name_or_path": str(policy), "dataset_path": str(tmp_path / "messages.jsonl")}
+    assert main(["train", "--config", str(write({**runnable, **data}))]) == 2
+    assert "no chat template" in capsys.readouterr().err
 
 
 def test_runs_as_a_module(write, runnable):

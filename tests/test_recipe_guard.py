@@ -22,7 +22,7 @@ from gd2po_trl.recipe_catalog import files_of, recipe_names, recipe_path, summar
 from gd2po_trl.rewards.direction import published_direction, resolve_direction
 from gd2po_trl.sft import KINDS as SFT_KINDS
 from gd2po_trl.sft import load_sft_recipe, run_sft
-from gd2po_trl.training import run_recipe
+from gd2po_trl.training import run_recipe, write_resolved_recipe
 
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -68,6 +68,14 @@ def test_reads_with_its_own_sizes(name):
     assert recipe.training.output_dir.startswith("outputs/")
     for key in ("model_name_or_path", "dataset_path", "eval_dataset_path"):
         assert not str(recipe.settings.get(key) or "").startswith(("/", "~", "."))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_run_writes_down_is_the_recipe_again(name, tmp_path):
+    load = load_sft_recipe if is_warmup(name) else load_recipe
+    accelerator = ["--accelerator_config", '{"split_batches": false}']
+    recipe = load(recipe_path(name), [*ON_CPU, *accelerator, "--output_dir", str(tmp_path)])
+    assert load(write_resolved_recipe(recipe)).settings == recipe.settings
 
 
 @pytest.mark.parametrize("name", [name for name in RL_NAMES if name.endswith(("/full", "/lora"))])
