@@ -224,7 +224,7 @@ def _limit_prompts(dataset: "Dataset", recipe: Recipe) -> "Dataset":
     limit = recipe.arguments.max_prompt_tokens
     tokenizer = load_tokenizer(recipe, dataset)
     limiter = drop_long_prompts if recipe.arguments.long_prompts == "drop" else truncate_prompts_left
-    limited, count = limiter(dataset, tokenizer, limit)
+    limited, count = limiter(dataset, tokenizer, limit, recipe.training.chat_template_kwargs)
     if count:
         done = "dropped" if recipe.arguments.long_prompts == "drop" else "truncated from the left"
         logger.warning(f"{count} of {len(dataset)} prompts are longer than {limit} tokens and were {done}.")

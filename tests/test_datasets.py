@@ -1,11 +1,15 @@
 """Data sets: the registry, where rows come from, own prompts and tool calling; errors name file, row and remedy."""
 
+import csv
 import json
 from collections import Counter
+from datetime import datetime
 
 import datasets
 import pytest
 from dataset_files import texts, user, write
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from trl import is_conversational
 
 from gd2po_trl.datasets import DATASETS, check_dataset, load_dataset_by_name
@@ -62,6 +66,20 @@ def test_unknown_option_and_bad_limit(no_network):
     for limit in (0, -1, 2.5, True, "3"):
         with pytest.raises(UsageError, match="limit must be a positive"):
             load_dataset_by_name("alpaca", limit=limit)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": ["a"]}, r"unknown data set \['a'\]"),
+        ({"name": "alpaca", "path": 5}, "path of data set 'alpaca' must be text, got 5"),
+        ({"name": "alpaca", "split": 5}, "split of data set 'alpaca' must be text, got 5"),
+        ({"name": "alpaca", "seed": "x"}, "seed must be a whole number, got 'x'"),
+    ],
+)
+def test_arguments_of_the_wrong_type(arguments, message, no_network):
+    with pytest.raises(UsageError, match=message):
+        load_dataset_by_name(**arguments)
 
 
 def test_limit_and_shuffle(tmp_path):
@@ -172,8 +190,88 @@ def test_unreadable_files(tmp_path):
     with pytest.raises(UsageError, match="not a parquet, JSON, JSONL or CSV file"):
         load_dataset_by_name("prompts", str(tmp_path / "note.txt"))
     (tmp_path / "empty.jsonl").write_text("")
-    with pytest.raises(UsageError, match=r"empty\.jsonl"):
+    with pytest.raises(UsageError, match=r"empty\.jsonl holds no rows$"):
         load_dataset_by_name("prompts", str(tmp_path / "empty.jsonl"))
+    for file in ("latin.jsonl", "latin.csv"):
+        content = "prompt\nétude\n" if file.endswith("csv") else '{"prompt": "a"}\n{"prompt": "étude"}\n'
+        (tmp_path / file).write_bytes(content.encode("latin-1"))
+        with pytest.raises(UsageError, match=rf"{file} cannot be read; save it as UTF-8: .*byte 0xe9"):
+            load_dataset_by_name("prompts", str(tmp_path / file))
+
+
+# Text stays what is written
+
+
+def test_json_text_that_looks_like_a_date(tmp_path):
+    rows = [
+        {"prompt": user("2024-05-01"), "answer": "2024-05-01", "n": 1, "more": {"at": "2023-01-01T10:00:00Z", "x": 1}},
+        {"prompt": user("2024-05-02"), "answer": None, "n": 2, "more": {"at": "2023-01-02 10:00", "x": None}},
+    ]
+    for file in ("rows.jsonl", "rows.json", "rows.jsonl.gz"):
+        dataset = load_dataset_by_name("prompts", write(tmp_path / file, rows), split="train[:2]")
+        assert dataset.to_list() == rows
+        assert [dataset[index] for index in range(2)] == rows
+    alpaca = [{"instruction": "2024-05-01", "input": ""}, {"instruction": "2024-05-02", "input": "2024-05-03"}]
+    dataset = load_dataset_by_name("alpaca", write(tmp_path / "alpaca.jsonl", alpaca))
+    assert texts(dataset) == ["2024-05-01", "2024-05-02\n\n2024-05-03"]
+
+
+def test_a_parquet_file_keeps_its_timestamps(tmp_path):
+    path = tmp_path / "rows.parquet"
+    moment = datetime(2024, 5, 1)
+    datasets.Dataset.from_list([{"prompt": "a", "at": moment}]).to_parquet(path)
+    assert load_dataset_by_name("prompts", str(path))["at"] == [moment]
+
+
+def test_csv_text_that_looks_like_something_else(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text(
+        "prompt,answer,code,label,safe,share\n7,007,010,1,True,0.5\nNA,None,2,0,False,2\nnull,,+3,1,True,\n"
+    )
+    assert load_dataset_by_name("prompts", str(path)).to_list() == [
+        {"prompt": "7", "answer": "007", "code": "010", "label": 1, "safe": True, "share": 0.5},
+        {"prompt": "NA", "answer": "None", "code": "2", "label": 0, "safe": False, "share": 2.0},
+        {"prompt": "null", "answer": None, "code": "+3", "label": 1, "safe": True, "share": None},
+    ]
+
+
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(
+        st.one_of(st.sampled_from(["NA", "nan", "1e5", "0", "-0", "1_0", "0x1", "Inf", "TRUE"]), st.text(max_size=4))
+    )
+)
+def test_csv_cells_of_text_columns_come_back(tmp_path, cells):
+    cells = [cell for cell in cells if cell.isprintable()]
+    path = tmp_path / "rows.csv"
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["prompt", "answer"], *(["p", cell] for cell in cells), ["p", "end"]])
+    assert load_dataset_by_name("prompts", str(path))["answer"] == [*(cell or None for cell in cells), "end"]
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "column"),
+    [
+        ("prompts", [{"prompt": "a"}, {"prompt": 5}], "prompt"),
+        ("prompts", [{"prompt": user("a")}, {"prompt": [{"role": "user", "content": 5}]}], "prompt"),
+        ("prompts", [{"prompt": user("a")}, {"prompt": [{"content": "b"}]}], "prompt"),
+        ("alpaca", [{"prompt": user("a")}, {"prompt": [{"from": "human", "value": "a"}]}], "prompt"),
+        ("alpaca", [{"prompt": user("a")}, {"prompt": [{"role": "user", "content": ["a"]}]}], "prompt"),
+        ("alpaca", [{"instruction": "1", "input": "x"}, {"instruction": "1", "input": 2}], "input"),
+        ("rlla", [{"prompt": user("a"), "answer": CALL}, {"prompt": ["a"], "answer": CALL}], "prompt"),
+        ("hh_rlhf", [{"chosen": "\n\nHuman: a", "rejected": "b"}, {"chosen": 1, "rejected": "b"}], "chosen"),
+        ("hh_rlhf_pairs", [{"chosen": "\n\nHuman: a", "rejected": "b"}, {"chosen": "a", "rejected": 2}], "rejected"),
+        (
+            "pku_saferlhf_pairs",
+            [{"prompt": "a", "response_0": text, "response_1": "b", "better_response_id": 0} for text in ("a", 5)],
+            "response_0",
+        ),
+    ],
+)
+def test_a_wrong_cell_is_named(name, rows, column, tmp_path):
+    path = write(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(UsageError, match=rf"row 1 of .*rows\.jsonl: the column `{column}` must be text"):
+        load_dataset_by_name(name, path)
 
 
 # Own prompts
@@ -202,7 +300,9 @@ def test_prompts_errors(tmp_path):
     with pytest.raises(UsageError, match=r"'completions'.*rename it"):
         load_dataset_by_name("prompts", path)
     path = write(tmp_path / "c.jsonl", [{"prompt": [{"from": "user", "value": "a"}]}])
-    with pytest.raises(UsageError, match=r"row 0 of .*c\.jsonl: the prompt must be text or a list of messages"):
+    with pytest.raises(
+        UsageError, match=r"row 0 of .*c\.jsonl: the column `prompt` must be text or a list of messages"
+    ):
         load_dataset_by_name("prompts", path)
     path = write(tmp_path / "d.jsonl", [{"prompt": "  "}, {"prompt": ""}])
     with pytest.raises(UsageError, match=r"no row is left: .*2 with an empty prompt"):

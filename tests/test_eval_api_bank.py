@@ -244,6 +244,13 @@ class TestSummary:
         assert (overall["accuracy"], overall["accuracy_all_rows"]) == (80.0, 57.14)
         assert results["levels"]["1"]["accuracy"] == 100.0
 
+    def test_an_error_of_null_is_none(self):
+        predictions = {key: {"error": None, **record} for key, record in self.predictions.items()}
+        for protocol in ("strict", "reference"):
+            assert score_predictions(self.rows, predictions, protocol) == score_predictions(
+                self.rows, self.predictions, protocol
+            )
+
     def test_unknown_protocol(self):
         with pytest.raises(UsageError, match="strict, reference"):
             score_predictions(self.rows, self.predictions, "lenient")
@@ -295,6 +302,8 @@ class TestCommand:
             (["--model", "m", "--levels", "4"], "levels must be among"),
             (["--model", "m", "--limit", "0"], "limit is 0"),
             (["--model", "no/model", "--levels", "2"], "No model 'no/model'"),
+            (["--model", "no/model", "--chat-template-kwargs", "{"], "--chat-template-kwargs is not valid JSON"),
+            (["--model", "no/model", "--chat-template-kwargs", "[1]"], "--chat-template-kwargs is [1]; it must be"),
         ],
     )
     def test_mistakes_are_one_line(self, data, capsys, words, message):
@@ -302,6 +311,26 @@ class TestCommand:
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert error.startswith("gd2po eval: ")
         assert message in error
+
+    def test_output_that_is_a_file(self, data, capsys):
+        file = data / "level-1-api_processed.json"
+        (data / "given.jsonl").write_text(json.dumps({"id": "Level2_0", "completion": ""}))
+        for source in (["--model", "no/model"], ["--predictions", str(data / "given.jsonl")]):
+            for output in (file, file / "run"):
+                command = ["eval", "api-bank", "--data", str(data), "--levels", "2", *source]
+                assert main([*command, "--output", str(output)]) == 2
+                assert f"but {file} is a file; give a folder" in capsys.readouterr().err
+
+    def test_results_are_written_before_they_are_printed(self, data, monkeypatch):
+        def closed(*args, **kwargs):
+            raise BrokenPipeError
+
+        monkeypatch.setattr("rich.console.Console.print", closed)
+        (data / "given.jsonl").write_text(json.dumps({"id": "Level2_0", "completion": call(RIGHT)}))
+        command = ["eval", "api-bank", "--predictions", str(data / "given.jsonl"), "--data", str(data)]
+        with pytest.raises(BrokenPipeError):
+            main([*command, "--levels", "2", "--output", str(data / "run")])
+        assert json.loads((data / "run" / "results.json").read_text())["overall"]["correct"] == 1
 
     def test_data_are_required(self, capsys):
         assert main(["eval", "api-bank", "--model", "m"]) == 2

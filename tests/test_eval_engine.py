@@ -1,6 +1,8 @@
 """Completions that survive a kill, and the decoding behind them."""
 
 import json
+import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -123,6 +125,39 @@ class TestPredictionLog:
         with pytest.raises(UsageError, match=r"without run\.json"):
             PredictionLog(tmp_path, self.identity, make_rows(1)).__enter__()
 
+    def test_a_write_that_fails_half_way_leaves_whole_lines(self, tmp_path):
+        rows = make_rows(3)
+        records = [{"id": row.id, "completion": "x" * 400, "prompt_sha256": row.prompt_sha256} for row in rows]
+        with PredictionLog(tmp_path, self.identity, rows) as log:
+            log.append(records[:1])
+            whole = log.path.read_bytes()
+            _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            # The kernel writes up to the limit and reports a short write, as on a full disk.
+            resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 300, hard))
+            try:
+                with pytest.raises(UsageError, match=r"Cannot write .*predictions\.jsonl: File too large.*are kept"):
+                    log.append(records[1:])
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+            assert (log.path.read_bytes(), list(log.done)) == (whole, ["row/0"])
+            log.append(records[1:2])
+        with PredictionLog(tmp_path, self.identity, rows) as log:
+            assert list(log.done) == ["row/0", "row/1"]
+
+    @pytest.mark.parametrize("content", ["{", "[1]"])
+    def test_damaged_run_file_is_named(self, tmp_path, content):
+        (tmp_path / "run.json").write_text(content)
+        with pytest.raises(UsageError, match=r"run\.json is damaged"):
+            PredictionLog(tmp_path, self.identity, make_rows(1)).__enter__()
+
+    def test_a_folder_that_is_a_file(self, tmp_path):
+        (tmp_path / "file").write_text("x")
+        for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+            with pytest.raises(UsageError, match=r"Cannot write to a folder .*file"):
+                PredictionLog(folder, self.identity, make_rows(1)).__enter__()
+            with pytest.raises(UsageError, match=r"Cannot write to a folder .*file"):
+                write_results(folder, {}, [])
+
     def test_damage_before_the_last_line_is_an_error(self, tmp_path):
         self.complete(tmp_path, make_rows(3))
         file = tmp_path / "predictions.jsonl"
@@ -209,6 +244,48 @@ class TestGeneration:
         assert predictions["tight"]["prompt_tokens"] == 36
         assert "error" not in predictions["short"]
 
+    @pytest.mark.parametrize("batch_size", [1, 2, 5])
+    def test_room_for_a_completion_is_that_of_its_prompt(self, tmp_path, batch_size):
+        """Up to the end of the context window, whatever the length of the prompts beside it."""
+        model = save_tiny_policy(tmp_path / "model", max_position_embeddings=40)
+        rows = [EvalRow(f"row/{count}", [{"role": "user", "content": "x" * count}]) for count in (1, 20, 33, 10, 30)]
+        settings = settings_for(model, batch_size=batch_size, max_new_tokens=25)
+        for row, record in zip(rows, generate_predictions(rows, settings, tmp_path / "run").values(), strict=True):
+            _, ids = greedy_ids(model, row, min(25, 40 - record["prompt_tokens"]))
+            assert byte_tokenizer().eos_token_id not in ids
+            assert record["completion_tokens"] == len(ids)
+            assert record["completion"] == byte_tokenizer().decode(ids, skip_special_tokens=True)
+
+    def test_a_stop_token_ends_a_completion_in_a_full_context(self, tmp_path):
+        model = save_tiny_policy(tmp_path / "model", max_position_embeddings=40)
+        rows = [EvalRow(f"row/{count}", [{"role": "user", "content": "x" * count}]) for count in (1, 30)]
+        _, ids = greedy_ids(model, rows[0], 20)
+        GenerationConfig(eos_token_id=[ids[12]]).save_pretrained(model)
+        stopped = generate_predictions(rows, settings_for(model, max_new_tokens=30), tmp_path / "run")["row/1"]
+        assert (stopped["finish_reason"], stopped["completion_tokens"]) == ("stop", ids.index(ids[12]))
+
+    def test_variables_of_the_chat_template(self, tiny_policy, tmp_path):
+        model = shutil.copytree(tiny_policy, tmp_path / "model")
+        tokenizer = byte_tokenizer()
+        tokenizer.chat_template = "{{ date_string | default('today') }}" + tokenizer.chat_template
+        tokenizer.save_pretrained(model)
+        rows, date = make_rows(2), {"date_string": "26 Jul 2024"}
+        dated = settings_for(model, chat_template_kwargs=date)
+        predictions = generate_predictions(rows, dated, tmp_path / "run")
+        plain = generate_predictions(rows, settings_for(model), tmp_path / "plain")
+        for row in rows:
+            assert predictions[row.id]["prompt_tokens"] == plain[row.id]["prompt_tokens"] + len("26 Jul 2024") - 5
+        with pytest.raises(
+            UsageError, match=r"chat_template_kwargs was \{'date_string': '26 Jul 2024'\} and is now None"
+        ):
+            generate_predictions(rows, settings_for(model), tmp_path / "run")
+        # The limit counts them as well.
+        for limit in (predictions["row/0"]["prompt_tokens"], 30):
+            short = settings_for(model, chat_template_kwargs=date, max_prompt_tokens=limit)
+            records = generate_predictions(rows, short, tmp_path / str(limit))
+            assert max(record["prompt_tokens"] for record in records.values()) <= limit
+        assert settings_for(model).identity() == settings_for(model, chat_template_kwargs={}).identity()
+
     def test_long_prompts_lose_their_oldest_turns(self, tiny_policy, tmp_path):
         turns = [
             {"role": "user", "content": "old " * 20},
@@ -246,6 +323,37 @@ class TestGeneration:
         assert fingerprint_model(str(model), "config.json") != before
         with pytest.raises(UsageError, match=r"other settings: model was 'sha256:"):
             generate_predictions(rows, settings_for(model), tmp_path / "run")
+
+    def test_a_run_in_the_folder_of_its_model_goes_on(self, tiny_policy, tmp_path):
+        model = shutil.copytree(tiny_policy, tmp_path / "model")
+        before = fingerprint_model(str(model), "config.json")
+        first = generate_predictions(make_rows(2), settings_for(model), model)
+        write_results(model, {"task": "x"}, [])
+        assert fingerprint_model(str(model), "config.json") == before
+        assert first.items() <= generate_predictions(make_rows(3), settings_for(model), model).items()
+        with pytest.raises(UsageError, match=r"delete run\.json and predictions\.jsonl in it"):
+            generate_predictions(make_rows(3), settings_for(model, max_new_tokens=9), model)
+
+    def test_damaged_models_are_named(self, tiny_policy, tmp_path):
+        damages = {
+            "weights": lambda model: os.truncate(model / "model.safetensors", 5000),
+            "no weights": lambda model: (model / "model.safetensors").unlink(),
+            "tokenizer": lambda model: os.truncate(model / "tokenizer.json", 500),
+            "no tokenizer": lambda model: [file.unlink() for file in model.glob("tokenizer*")],
+            "config": lambda model: os.truncate(model / "config.json", 50),
+        }
+        for name, damage in damages.items():
+            model = shutil.copytree(tiny_policy, tmp_path / name)
+            damage(model)
+            with pytest.raises(UsageError, match=f"Cannot load .*{name}") as error:
+                generate_predictions(make_rows(1), settings_for(model), tmp_path / f"run of {name}")
+            assert "\n" not in str(error.value)
+
+    @pytest.mark.parametrize("content", ["[1]", "{", '{"base_model_name_or_path": 3}'])
+    def test_damaged_adapter_config_is_named(self, tmp_path, content):
+        (tmp_path / "adapter_config.json").write_text(content)
+        with pytest.raises(UsageError, match=r"adapter_config\.json names no base model"):
+            settings_for(tmp_path)
 
     def test_batch_size_may_change_between_runs(self, tiny_policy, tmp_path):
         rows = make_rows(5)

@@ -33,6 +33,18 @@ async def slow_length_of(prompts, completions, **kwargs):
     return length_of(prompts, completions)
 
 
+def columns_of(prompts, completions, gold, *, trainer_state, hint=None, **kwargs):
+    raise AssertionError("called")
+
+
+class Asked:
+    def __init__(self, headers, size):
+        self.size = size
+
+    def __call__(self, prompts, completions, **kwargs):
+        return [float(self.size)] * len(completions)
+
+
 def sometimes_silent(prompts, completions, **kwargs):
     return [[None, math.nan, 1.0][index % 3] for index in range(len(prompts))]
 
@@ -60,6 +72,13 @@ class TestScores:
         assert scores["model"]["set/0"] == {"useful": 3.0, "harmless": 3.0, "sum": 6.0}
         assert scores["model"]["set/1"] == {"useful": 2.0, "harmless": 0.0, "sum": 2.0}
         assert scores["baseline"]["set/1"] == {"useful": 1.0, "harmless": 1.0, "sum": 2.0}
+
+    def test_an_error_of_null_is_none(self):
+        rows = make_rows(1)
+        given = {"set/0": {"id": "set/0", "completion": "abc", "error": None}}
+        scores = compute_scores(rows, {"model": given}, {"useful": length_of})["model"]
+        assert scores["set/0"]["useful"] == 3.0
+        assert summarize(rows, given, scores, ["useful"])["datasets"]["set"]["missing"] == 0
 
     def test_rows_without_completion_or_score(self):
         rows = make_rows(4)
@@ -99,7 +118,13 @@ class TestScores:
 
     @pytest.mark.parametrize(
         ("rewards", "message"),
-        [({}, "at least one --reward"), ({"sum": {"type": "length"}}, "cannot be called 'sum'"), ({"x": {}}, "'x'")],
+        [
+            ({}, "at least one --reward"),
+            ({"sum": {"type": "length"}}, "cannot be called 'sum'"),
+            ({"x": {}}, "'x'"),
+            ({"correctness": {}}, "'correctness' needs `answer`"),
+            ({"x": {"type": f"{__name__}.columns_of"}}, "'x' needs `gold`, `trainer_state`"),
+        ],
     )
     def test_mistakes(self, rewards, message):
         with pytest.raises(UsageError, match=message):
@@ -209,6 +234,28 @@ class TestCommand:
         assert swapped["mean"] == entry["baseline_mean"]
         assert swapped["win_rate"]["useful"]["losses"] == wins
 
+    def test_a_recipe_with_json_in_it_and_a_secret(self, data, tiny_policy):
+        settings = {"useful": {"type": f"{__name__}.Asked", "headers": {"Authorization": "Bearer abc"}, "size": 2}}
+        (data / "recipe.yaml").write_text(
+            json.dumps({"reward_funcs": "useful", "reward_kwargs": json.dumps(settings)})
+        )
+        command = ["eval", "safe-alignment", "--model", str(tiny_policy), "--data", str(data / "plain.jsonl")]
+        command += ["--max-new-tokens", "2", "--output", str(data / "run"), "--reward", str(data / "recipe.yaml")]
+        assert main(command) == 0
+        results = json.loads((data / "run" / "results.json").read_text())
+        assert results["datasets"]["plain"]["mean"]["useful"] == 2.0
+        assert results["rewards"] == {"useful": {"type": f"{__name__}.Asked", "size": 2}}
+        (data / "recipe.yaml").write_text("reward_funcs: [useful]\nreward_kwargs: {useful: 3}\n")
+        assert main(command) == 2
+
+    def test_names_from_the_data_are_no_markup(self, data, tiny_policy, capsys):
+        (data / "odd.jsonl").write_text(json.dumps({"prompt": "say", "category": "[/INST] :smile: [bold]x"}) + "\n")
+        command = ["eval", "safe-alignment", "--model", str(tiny_policy), "--data", str(data / "odd.jsonl")]
+        command += ["--chat-template-kwargs", '{"date_string": "x"}', "--max-new-tokens", "2"]
+        assert main([*command, "--reward", "length", "--output", str(data / "run")]) == 0
+        assert "[/INST] :smile: [bold]x" in capsys.readouterr().out
+        assert json.loads((data / "run" / "run.json").read_text())["chat_template_kwargs"] == {"date_string": "x"}
+
     def test_rewards_read_the_whole_prompt(self, data, tiny_policy):
         command = ["eval", "safe-alignment", "--model", str(tiny_policy), "--data", str(data / "harm.json")]
         command += ["--max-prompt-tokens", "12", "--max-new-tokens", "2", "--output", str(data / "run")]
@@ -224,6 +271,9 @@ class TestCommand:
             (["--data", "alpaca", "--reward", "harmlessness"], "Unknown reward 'harmlessness'"),
             (["--data", "alpaca", "--reward", "a=length", "--reward", "a=format"], "names 'a' twice"),
             (["--data", "alpaca=none.parquet", "--reward", "length"], "none.parquet"),
+            (["--data", "x={name: [a]}", "--reward", "length"], "unknown data set ['a']"),
+            (["--data", "x={1: 2}", "--reward", "length"], "'x={1: 2}'"),
+            (["--data", "alpaca", "--reward", "correctness"], "'correctness' needs `answer`"),
         ],
     )
     def test_mistakes_come_before_the_model_is_loaded(self, words, message, capsys):

@@ -86,6 +86,25 @@ def test_truncation_cuts_the_last_message_only_when_nothing_else_is_left():
         truncate_prompts_left(dataset, TOKENIZER, 7)
 
 
+def test_a_long_system_message_alone_is_named():
+    dataset = Dataset.from_dict({"prompt": [conversation(("user", 3)), conversation(("system", 20))]})
+    with pytest.raises(UsageError, match="prompt 1 cannot be shortened to 12 tokens: its system message"):
+        truncate_prompts_left(dataset, TOKENIZER, 12)
+
+
+def test_variables_of_the_chat_template_count():
+    tokenizer = make_tokenizer(TEMPLATE + "{% if date_string is defined %} {{ date_string }}{% endif %}")
+    prompts = [conversation(("user", 3)), conversation(("user", 4))]
+    variables = {"date_string": "26 Jul 2024"}
+    counts = count_prompt_tokens(prompts, tokenizer, variables)
+    assert counts == [count + 3 for count in count_prompt_tokens(prompts, tokenizer)] == [10, 11]
+    dataset = Dataset.from_dict({"prompt": prompts})
+    assert drop_long_prompts(dataset, tokenizer, 10, chat_template_kwargs=variables)[1] == 1
+    shortened, count = truncate_prompts_left(dataset, tokenizer, 10, chat_template_kwargs=variables)
+    assert count == 1
+    assert count_prompt_tokens(shortened["prompt"][:], tokenizer, variables) == [10, 10]
+
+
 def test_plain_prompts_are_cut_from_the_left():
     shortened, count = truncate_prompts_left(Dataset.from_dict({"prompt": [words(9), "a"]}), TOKENIZER, 3)
     assert count == 1

@@ -32,6 +32,10 @@ class Server:
                 behaviour = server.behaviours.pop(0) if len(server.behaviours) > 1 else server.behaviours[0]
                 behaviour(self, body)
 
+            def do_GET(self):
+                server.requests.append((self.path, dict(self.headers), None))
+                send(self, {"data": []})
+
             def log_message(self, *args):
                 pass
 
@@ -281,6 +285,28 @@ def test_environment_proxies_are_not_used(server, monkeypatch):
 def test_wrong_options_are_named(options, message):
     with pytest.raises(UsageError, match=message):
         RemoteScorer(**{"url": "http://127.0.0.1:1", "template": "{prompt}{response}", **options})
+
+
+def redirect(url):
+    def behaviour(handler, body):
+        handler.send_response(302)
+        handler.send_header("Location", url)
+        handler.send_header("Content-Length", "0")
+        handler.end_headers()
+
+    return behaviour
+
+
+def test_a_redirection_to_another_server_is_refused(server):
+    other = Server()
+    try:
+        server.behaviours = [redirect(f"{other.url}/classify")]
+        with pytest.raises(RewardError, match=rf"redirects to another server, {other.url}/classify"):
+            scorer(server, headers={"Authorization": "Bearer x"})(["a"], ["b"])
+        assert (len(server.requests), other.requests) == (1, [])
+    finally:
+        other.http.shutdown()
+        other.http.server_close()
 
 
 def test_tokenizer_without_chat_template(tmp_path):

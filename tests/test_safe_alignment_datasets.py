@@ -163,6 +163,19 @@ def test_hh_rlhf_hub_schema(file, tmp_path):
     assert "1 of 5 rows kept (3 without two answers to one prompt, 1 ties)" in pairs.info.description
 
 
+@pytest.mark.parametrize("columns", [("chosen",), ("chosen", "rejected")])
+def test_hh_rlhf_with_windows_line_ends(columns, tmp_path):
+    rows = [{column: HH_ROWS[0][column].replace("\n", "\r\n") for column in columns}]
+    dataset = load_dataset_by_name("hh_rlhf", write(tmp_path / "train.jsonl", rows))
+    assert [message["content"] for message in dataset["prompt"][0]] == ["hi", "hello", "why?"]
+
+
+def test_alpaca_with_numbers(tmp_path):
+    path = tmp_path / "train.csv"
+    path.write_text("instruction,input\n1,2\n007,\n")
+    assert texts(load_dataset_by_name("alpaca", str(path))) == ["1\n\n2", "007"]
+
+
 def test_hh_rlhf_real_pairs(shared_dir):
     folder = str(shared_dir / "data/hh_rlhf")
     for dimension, count in (("harmless", 2281), ("helpful", 2330)):

@@ -65,6 +65,15 @@ def test_only_completions_are_learned_and_long_examples_are_left_out(recipe_file
     assert trainer.processing_class.decode(learned).startswith(GOLD)
 
 
+def test_the_end_of_a_plain_example_is_counted(recipe_file, tmp_path):
+    """TRL adds the end token, so the example that fills `max_length` without it would be cut."""
+    rows = [{"prompt": "say ", "completion": "a" * length} for length in (3, 4)]
+    path = recipe_file(dataset="prompts", dataset_path=write(tmp_path / "rows.jsonl", rows), max_length=8)
+    trainer = run_sft(load_sft_recipe(path))
+    assert [row["input_ids"][-1] for row in trainer.train_dataset] == [trainer.processing_class.eos_token_id]
+    assert len(trainer.train_dataset[0]["input_ids"]) == 8
+
+
 def test_trains_an_adapter(recipe_file, tmp_path):
     run_sft(load_sft_recipe(recipe_file(use_peft=True, lora_target_modules=["q_proj", "v_proj"])))
     assert (tmp_path / "run" / "adapter_model.safetensors").is_file()

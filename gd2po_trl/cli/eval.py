@@ -1,7 +1,9 @@
 """`gd2po eval`."""
 
 import argparse
+import json
 import logging
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ def main(argv: list[str]) -> int:
         raise UsageError("give --model or --predictions, not both.")
     if arguments.predictions is not None and arguments.adapter is not None:
         raise UsageError("--adapter goes with --model, not with --predictions.")
+    arguments.chat_template_kwargs = _mapping("--chat-template-kwargs", arguments.chat_template_kwargs)
     return arguments.run(arguments)
 
 
@@ -115,21 +118,41 @@ def _add_common(task: argparse.ArgumentParser, max_new_tokens: int, max_prompt_t
         metavar="N",
         help=f"longer prompts are shortened from the left (default: {max_prompt_tokens or 'whole prompts'})",
     )
+    task.add_argument(
+        "--chat-template-kwargs",
+        metavar="JSON",
+        help='variables of the chat template, the recipe\'s chat_template_kwargs: \'{"date_string": "26 Jul 2024"}\'',
+    )
+
+
+def _mapping(name: str, value: Any) -> dict[str, Any]:
+    """A mapping, or the JSON text of one."""
+    try:
+        value = json.loads(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise UsageError(f"{name} is not valid JSON: {error}.") from None
+    if not isinstance(value, (dict, type(None))):
+        raise UsageError(f"{name} is {value!r}; it must be a mapping.")
+    return value or {}
 
 
 def _output(arguments: argparse.Namespace) -> Path | None:
     if arguments.output is not None:
-        return Path(arguments.output)
-    if arguments.model is None:
+        folder = Path(arguments.output)
+    elif arguments.model is None:
         return None
-    name = Path(arguments.adapter or arguments.model).resolve().name
-    return Path("eval") / arguments.task / name
+    else:
+        folder = Path("eval") / arguments.task / Path(arguments.adapter or arguments.model).resolve().name
+    place = next(place for place in (folder, *folder.parents) if place.exists())
+    if not place.is_dir():
+        raise UsageError(f"--output is {folder}, but {place} is a file; give a folder.")
+    return folder
 
 
 def _settings(arguments: argparse.Namespace, **changes: Any) -> Any:
     from ..evaluation.engine import GenerationSettings
 
-    names = ("model", "adapter", "backend", "max_new_tokens", "max_prompt_tokens", "batch_size", "dtype")
+    names = [field.name for field in fields(GenerationSettings)]
     return GenerationSettings(**{**{name: getattr(arguments, name) for name in names}, **changes})
 
 
@@ -147,11 +170,14 @@ def _predict(arguments: argparse.Namespace, rows: list) -> tuple[dict[str, dict[
     return predictions, {"model": settings.model, "adapter": settings.adapter, "settings": settings.identity()}
 
 
-def _write(arguments: argparse.Namespace, results: dict[str, Any], scores: list[dict[str, Any]]) -> None:
+def _report(arguments: argparse.Namespace, task: Any, results: dict[str, Any], scores: list[dict[str, Any]]) -> None:
     from ..evaluation.engine import write_results
 
-    if (folder := _output(arguments)) is not None:
-        print(f"Results: {write_results(folder, results, scores)}")
+    # Written first: a terminal or a pipe may be gone by now.
+    path = None if (folder := _output(arguments)) is None else write_results(folder, results, scores)
+    task.print_results(results)
+    if path is not None:
+        print(f"Results: {path}")
 
 
 def _api_bank(arguments: argparse.Namespace) -> int:
@@ -164,14 +190,14 @@ def _api_bank(arguments: argparse.Namespace) -> int:
     rows = api_bank.load_rows(arguments.data, levels, arguments.limit)
     predictions, source = _predict(arguments, rows)
     results, scores = api_bank.score_predictions(rows, predictions, arguments.protocol)
-    api_bank.print_results(results)
-    _write(arguments, {**results, **source}, scores)
+    _report(arguments, api_bank, {**results, **source}, scores)
     return 0
 
 
 def _safe_alignment(arguments: argparse.Namespace) -> int:
     from ..evaluation import safe_alignment
     from ..evaluation.engine import generate_predictions, read_predictions
+    from ..recipe import without_secrets
 
     rewards = safe_alignment.resolve_rewards(reward_options := _reward_options(arguments.reward))
     rows = safe_alignment.load_rows(_data_options(arguments.data), arguments.limit)
@@ -192,11 +218,11 @@ def _safe_alignment(arguments: argparse.Namespace) -> int:
     by_set = safe_alignment.compute_scores(rows, sets, rewards)
     scores, baseline_scores = by_set["model"], by_set.get("baseline")
     results = safe_alignment.summarize(rows, predictions, scores, list(rewards), baseline_scores)
-    safe_alignment.print_results(results)
     lines = [{"id": row.id, **scores[row.id]} for row in rows]
     if baseline_scores is not None:
         lines = [{**line, "baseline": baseline_scores[line["id"]]} for line in lines]
-    _write(arguments, {**results, **source, "rewards": reward_options, "baseline": arguments.baseline}, lines)
+    results |= {**source, "rewards": without_secrets(reward_options), "baseline": arguments.baseline}
+    _report(arguments, safe_alignment, results, lines)
     return 0
 
 
@@ -222,8 +248,9 @@ def _reward_options(words: list[str]) -> dict[str, dict[str, Any]]:
             from ..recipe import read_recipe_file
 
             recipe = read_recipe_file(Path(word))
-            labels, kwargs = recipe.get("reward_funcs") or [], recipe.get("reward_kwargs") or {}
-            found = {label: dict(kwargs.get(label) or {}) for label in labels}
+            labels, kwargs = recipe.get("reward_funcs") or [], _mapping("reward_kwargs", recipe.get("reward_kwargs"))
+            labels = [labels] if isinstance(labels, str) else labels
+            found = {label: _mapping(f"reward_kwargs.{label}", kwargs.get(label)) for label in labels}
         else:
             label, value = _labelled(word, "--reward", "type")
             found = {label: value}
@@ -246,4 +273,6 @@ def _labelled(word: str, option: str, key: str) -> tuple[str, dict[str, Any]]:
         raise UsageError(f"{option} {word!r} is not valid YAML after '=': {error}") from None
     if not isinstance(value, dict):
         return label, {key: text}
+    if not all(isinstance(name, str) for name in value):
+        raise UsageError(f"{option} {word!r}: the keys after '=' must be text.")
     return label, value

@@ -10,6 +10,7 @@ import difflib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
@@ -132,7 +133,7 @@ def check_dataset(name: str, kwargs: dict[str, Any] | None = None) -> DatasetLoa
     Raises:
         [`UsageError`]: Unknown name or keyword argument; the message lists the known ones.
     """
-    key = ALIASES.get(name, name)
+    key = ALIASES.get(name, name) if isinstance(name, str) else None
     if key not in DATASETS:
         close = difflib.get_close_matches(str(name), [*DATASETS, *ALIASES], n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
@@ -158,7 +159,8 @@ def load_dataset_by_name(
     Loads a data set of the registry.
 
     What was read and what was left out (duplicates, empty prompts, ...) is logged, and stands in
-    `dataset.info.description`.
+    `dataset.info.description`. In local files text stays as it is written: in JSON a date, in CSV `None`, `NA` and
+    `007`, and every cell of the columns that the loaders read as text.
 
     Args:
         name (`str`): Short name, a key of [`DATASETS`].
@@ -178,6 +180,11 @@ def load_dataset_by_name(
         [`UsageError`]: Unknown name or option, nothing at `path`, or rows of another shape, with what to do about it.
     """
     loader = check_dataset(name, kwargs)
+    for option, value in (("path", path), ("split", split)):
+        if not isinstance(value, (str, PathLike, type(None))):
+            raise UsageError(f"{option} of data set {name!r} must be text, got {value!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise UsageError(f"seed must be a whole number, got {seed!r}")
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise UsageError(f"limit must be a positive whole number, got {limit!r}")
     dataset = loader.load(path, split, **kwargs)

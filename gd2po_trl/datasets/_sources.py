@@ -18,6 +18,11 @@ logger = logging.getLogger(__name__)
 BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
 COMPRESSIONS = {".gz", ".bz2", ".xz", ".zst"}
 SPLIT_WORDS = {"train", "test", "validation", "valid", "val", "dev", "eval"}
+# What the loaders read as text. In a CSV file these columns are text even where every cell reads as a number.
+TEXT_COLUMNS = {"prompt", "answer", "completion", "instruction", "input", "output"}
+TEXT_COLUMNS |= {"chosen", "rejected", "response_0", "response_1"}
+# Up to 15 digits, which a float holds exactly. `007` and `+5` are no numbers: they could not be written back.
+NUMBER_OR_BOOLEAN = r"(-?(0|[1-9]\d{0,14})(\.\d+)?([eE][-+]?\d+)?|True|TRUE|true|False|FALSE|false)?"
 # A namespace is required: a bare word in a recipe is far more often a folder that is missing than a Hub id.
 HUB_ID = re.compile(r"\w[\w-]*(\.[\w-]+)*/\w[\w.-]*")
 
@@ -175,20 +180,62 @@ def load_rows(
     if files:
         origin = str(files[0]) if len(files) == 1 else f"{local} (split {split!r}, {len(files)} files)"
         data_files = {split.split("[")[0]: [str(file) for file in files]}
-        arguments: dict[str, Any] = {"path": BUILDERS[str(data_suffix(files[0]))], "data_files": data_files}
+        builder = BUILDERS[str(data_suffix(files[0]))]
+        arguments: dict[str, Any] = {"path": builder, "data_files": data_files}
         hint = "cannot be read; every row needs the same columns of the same types"
+        if not any(file.stat().st_size for file in files):
+            raise UsageError(f"{source.name}: {origin} holds no rows")
     else:
+        builder = None
         origin = f"Hub data set {path} (split {split!r})"
         arguments = {"path": path, "data_dir": hub_dir}
         hint = "cannot be loaded; check the id, the split and the connection, or give a local file"
     try:
+        if builder == "json":
+            # By any name but "utf-8" the file is decoded while it is read, so that other encodings fail here.
+            arguments["encoding"] = "utf-8-sig"
+        elif builder == "csv":
+            arguments |= _csv_options(files)
         dataset = load_dataset(**arguments, split=split)
+        if builder == "json" and (features := _without_timestamps(dataset.features)) != dataset.features:
+            # pyarrow takes text such as 2024-05-01 for a point in time, and how it was written is lost.
+            dataset = load_dataset(**arguments, split=split, features=features)
     except Exception as error:  # whatever `datasets`, pyarrow or the Hub client raise; the cause stays attached
-        cause = str(error.__cause__ or error).strip().splitlines()
-        raise UsageError(f"{source.name}: {origin} {hint}: {cause[0] if cause else type(error).__name__}") from error
+        cause = error.__cause__ or error
+        if isinstance(cause, UnicodeDecodeError):
+            hint = "cannot be read; save it as UTF-8"
+        lines = str(cause).strip().splitlines()
+        raise UsageError(f"{source.name}: {origin} {hint}: {lines[0] if lines else type(error).__name__}") from error
     if len(dataset) == 0:
         raise UsageError(f"{source.name}: {origin} holds no rows")
     return dataset, origin
+
+
+def _csv_options(files: Sequence[Path]) -> dict[str, Any]:
+    """Options that keep text as it is written: `None` and `NA` are words, and `007` is no number."""
+    from pandas import read_csv
+
+    text_columns = set(TEXT_COLUMNS)
+    for file in files:
+        cells = read_csv(file, dtype=str, keep_default_na=False)
+        text_columns |= {name for name in cells if not cells[name].str.fullmatch(NUMBER_OR_BOOLEAN, na=True).all()}
+    converters = dict.fromkeys(sorted(text_columns), _text_of_cell)
+    return {"keep_default_na": False, "na_values": [""], "converters": converters}
+
+
+def _text_of_cell(cell: str) -> str | None:
+    return cell or None
+
+
+def _without_timestamps(feature: Any) -> Any:
+    """A column type with any JSON value in place of a point in time."""
+    from datasets import Json, LargeList, List, Value
+
+    if isinstance(feature, dict):
+        return type(feature)({name: _without_timestamps(part) for name, part in feature.items()})
+    if isinstance(feature, (List, LargeList)):
+        return type(feature)(_without_timestamps(feature.feature))
+    return Json() if isinstance(feature, Value) and feature.dtype.startswith("timestamp") else feature
 
 
 def require_columns(dataset: "Dataset", columns: Iterable[str], name: str, origin: str, remedy: str) -> None:
@@ -218,6 +265,35 @@ def iterate_rows(dataset: "Dataset", columns: Iterable[str]) -> Iterator[dict[st
     for batch in dataset.select_columns(list(columns)).iter(1000):
         for values in zip(*batch.values(), strict=True):
             yield dict(zip(batch, values, strict=True))
+
+
+def checked_text(value: Any, column: str) -> str | None:
+    """`value` if it is text or `None`. Raises [`UsageError`], which names `column`, for anything else."""
+    if value is None or isinstance(value, str):
+        return value
+    raise UsageError(f"the column `{column}` must be text, got {str(value)[:80]!r}")
+
+
+def checked_prompt(value: Any, column: str, *, parts: bool = False) -> Any:
+    """
+    `value` if it is text, `None`, or messages with the text `role` and the text `content`; with `parts`, the content
+    may also be a list. Raises [`UsageError`], which names `column`, for anything else.
+    """
+    contents = (str, list, type(None)) if parts else (str, type(None))
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, list) and all(
+        isinstance(message, dict)
+        and isinstance(message.get("role"), str)
+        and "content" in message
+        and isinstance(message["content"], contents)
+        for message in value
+    ):
+        return value
+    raise UsageError(
+        f"the column `{column}` must be text or a list of messages with the texts `role` and `content`, got"
+        f" {str(value)[:80]!r}"
+    )
 
 
 def convert_rows(

@@ -1,10 +1,11 @@
 """A recipe's own prompts, and prompts that are too long for the policy."""
 
 from bisect import bisect_left
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
-from ._sources import DatasetReport, Source, drop_rows, iterate_rows, load_rows, require_columns
+from ._sources import DatasetReport, Source, checked_prompt, drop_rows, iterate_rows, load_rows, require_columns
 
 
 if TYPE_CHECKING:
@@ -40,25 +41,22 @@ def load_prompts(path: str | None, split: str | None, *, drop_duplicates: bool =
             f"prompts: {origin} has a column {clash[0]!r}, a name TRL passes to rewards itself; rename it"
         )
     for index, row in enumerate(iterate_rows(dataset, ["prompt"])):
-        prompt = row["prompt"]
-        messages = prompt if isinstance(prompt, list) else []
-        if not (prompt is None or isinstance(prompt, (str, list))) or not all(
-            isinstance(message, dict) and {"role", "content"} <= message.keys() for message in messages
-        ):
-            raise UsageError(
-                f"prompts: row {index} of {origin}: the prompt must be text or a list of messages with `role` and"
-                f" `content`, got {str(prompt)[:80]!r}"
-            )
+        try:
+            checked_prompt(row["prompt"], "prompt", parts=True)
+        except UsageError as error:
+            raise UsageError(f"prompts: row {index} of {origin}: {error}") from None
     report = DatasetReport(PROMPTS.name, origin, read=len(dataset))
     return drop_rows(dataset, report, drop_duplicates=drop_duplicates)
 
 
 def count_prompt_tokens(
-    prompts: list[str] | list[list[dict[str, Any]]], tokenizer: "PreTrainedTokenizerBase"
+    prompts: list[str] | list[list[dict[str, Any]]],
+    tokenizer: "PreTrainedTokenizerBase",
+    chat_template_kwargs: dict[str, Any] | None = None,
 ) -> list[int]:
     """
     Number of tokens that each prompt has when TRL gives it to the policy: through the chat template, with the
-    generation prompt, where it is conversational.
+    generation prompt and the template's variables `chat_template_kwargs`, where it is conversational.
 
     Raises:
         [`UsageError`]: Conversational prompts for a tokenizer without a chat template.
@@ -71,20 +69,30 @@ def count_prompt_tokens(
         raise UsageError(
             "the prompts are conversations, but the tokenizer has no chat template; use an instruct model or set one"
         )
-    texts = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, tokenize=False)
+    texts = tokenizer.apply_chat_template(
+        prompts, add_generation_prompt=True, tokenize=False, **(chat_template_kwargs or {})
+    )
     # The template writes the special tokens itself.
     return [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
 
-def _all_token_counts(dataset: "Dataset", tokenizer: "PreTrainedTokenizerBase", batch_size: int = 256) -> list[int]:
+def _all_token_counts(
+    dataset: "Dataset",
+    tokenizer: "PreTrainedTokenizerBase",
+    chat_template_kwargs: dict[str, Any] | None,
+    batch_size: int = 256,
+) -> list[int]:
     counts: list[int] = []
     for batch in dataset.select_columns(["prompt"]).iter(batch_size):
-        counts += count_prompt_tokens(batch["prompt"], tokenizer)
+        counts += count_prompt_tokens(batch["prompt"], tokenizer, chat_template_kwargs)
     return counts
 
 
 def drop_long_prompts(
-    dataset: "Dataset", tokenizer: "PreTrainedTokenizerBase", max_prompt_tokens: int
+    dataset: "Dataset",
+    tokenizer: "PreTrainedTokenizerBase",
+    max_prompt_tokens: int,
+    chat_template_kwargs: dict[str, Any] | None = None,
 ) -> tuple["Dataset", int]:
     """
     Leaves out rows whose prompt has more than `max_prompt_tokens` tokens (TRL itself no longer limits prompts).
@@ -93,6 +101,7 @@ def drop_long_prompts(
         dataset (`Dataset`): Rows with a `prompt` column, plain or conversational.
         tokenizer (`PreTrainedTokenizerBase`): The policy's tokenizer.
         max_prompt_tokens (`int`): Largest number of tokens, chat template and generation prompt included.
+        chat_template_kwargs (`dict[str, Any]`, *optional*): Variables of the chat template, as the trainer sets them.
 
     Returns:
         `tuple[Dataset, int]`: The rows that fit, and how many were left out.
@@ -100,7 +109,7 @@ def drop_long_prompts(
     Raises:
         [`UsageError`]: No prompt fits.
     """
-    counts = _all_token_counts(dataset, tokenizer)
+    counts = _all_token_counts(dataset, tokenizer, chat_template_kwargs)
     keep = [index for index, count in enumerate(counts) if count <= max_prompt_tokens]
     if not keep:
         raise UsageError(
@@ -112,7 +121,10 @@ def drop_long_prompts(
 
 
 def truncate_prompts_left(
-    dataset: "Dataset", tokenizer: "PreTrainedTokenizerBase", max_prompt_tokens: int
+    dataset: "Dataset",
+    tokenizer: "PreTrainedTokenizerBase",
+    max_prompt_tokens: int,
+    chat_template_kwargs: dict[str, Any] | None = None,
 ) -> tuple["Dataset", int]:
     """
     Shortens prompts from the left until they have at most `max_prompt_tokens` tokens.
@@ -126,6 +138,7 @@ def truncate_prompts_left(
         dataset (`Dataset`): Rows with a `prompt` column, plain or conversational.
         tokenizer (`PreTrainedTokenizerBase`): The policy's tokenizer.
         max_prompt_tokens (`int`): Largest number of tokens, chat template and generation prompt included.
+        chat_template_kwargs (`dict[str, Any]`, *optional*): Variables of the chat template, as the trainer sets them.
 
     Returns:
         `tuple[Dataset, int]`: All rows, with `full_prompt`, and how many prompts were shortened.
@@ -133,15 +146,17 @@ def truncate_prompts_left(
     Raises:
         [`UsageError`]: `max_prompt_tokens` leaves no room beside the template or the system message.
     """
-    too_long = {
-        index for index, count in enumerate(_all_token_counts(dataset, tokenizer)) if count > max_prompt_tokens
-    }
+    counts = _all_token_counts(dataset, tokenizer, chat_template_kwargs)
+    too_long = {index for index, count in enumerate(counts) if count > max_prompt_tokens}
+
+    def fits(prompt: Any) -> bool:
+        return count_prompt_tokens([prompt], tokenizer, chat_template_kwargs)[0] <= max_prompt_tokens
 
     def shorten(row: dict[str, Any], index: int) -> dict[str, Any]:
         prompt = row["prompt"]
         return {
             "full_prompt": prompt,
-            "prompt": _truncate_left(prompt, tokenizer, max_prompt_tokens, index) if index in too_long else prompt,
+            "prompt": _truncate_left(prompt, fits, max_prompt_tokens, index) if index in too_long else prompt,
         }
 
     from datasets import Features
@@ -153,10 +168,7 @@ def truncate_prompts_left(
     return shortened, len(too_long)
 
 
-def _truncate_left(prompt: Any, tokenizer: "PreTrainedTokenizerBase", max_tokens: int, index: int) -> Any:
-    def fits(candidate: Any) -> bool:
-        return count_prompt_tokens([candidate], tokenizer)[0] <= max_tokens
-
+def _truncate_left(prompt: Any, fits: Callable[[Any], bool], max_tokens: int, index: int) -> Any:
     if isinstance(prompt, str):
         head, text, tail = None, prompt, []
     else:
@@ -167,7 +179,9 @@ def _truncate_left(prompt: Any, tokenizer: "PreTrainedTokenizerBase", max_tokens
         for start in starts:
             if fits(head + turns[start:]):
                 return head + turns[start:]
-        text, tail = turns[starts[-1]]["content"], turns[starts[-1] + 1 :]
+        # A system message alone has nothing to lose.
+        text = turns[starts[-1]]["content"] or "" if turns else ""
+        tail = turns[starts[-1] + 1 :]
 
     def cut(start: int) -> Any:
         return text[start:] if head is None else head + [{**turns[starts[-1]], "content": text[start:]}] + tail

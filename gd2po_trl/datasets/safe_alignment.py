@@ -15,6 +15,8 @@ from ..errors import UsageError
 from ._sources import (
     DatasetReport,
     Source,
+    checked_prompt,
+    checked_text,
     conversation_feature,
     convert_rows,
     drop_rows,
@@ -61,7 +63,7 @@ HARM_CATEGORIES = (
     "violence,aiding_and_abetting,incitement",
 )
 DIMENSIONS = ("helpful", "harmless")
-TURN = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
+TURN = re.compile(r"(?:\A|\r?\n\r?\n)(Human|Assistant):")
 ROLES = {"Human": "user", "Assistant": "assistant"}
 
 Message = dict[str, str]
@@ -87,7 +89,7 @@ def load_alpaca(path: str | None, split: str | None, *, drop_duplicates: bool = 
     )
 
     def prompt_of(row: dict[str, Any]) -> list[Message]:
-        texts = [row["instruction"], row.get("input")]
+        texts = [checked_text(row.get(column), column) for column in ("instruction", "input")]
         return _user_message("\n\n".join(text for text in texts if text and text.strip()))
 
     prompts = _to_prompts(dataset, ALPACA, origin, prompt_of, inputs=("instruction", "input"))
@@ -210,12 +212,13 @@ def load_hh_rlhf(
         return drop_rows(*_to_prompts(dataset, HH_RLHF, origin), drop_duplicates=drop_duplicates)
     require_columns(dataset, ["chosen"], HH_RLHF.name, origin, "give HH-RLHF's `chosen` and `rejected`, or `prompt`")
 
-    def prompt_of(row: dict[str, Any]) -> list[Message]:
-        chosen = as_messages(row["chosen"])
-        return shared_prompt(chosen, as_messages(row["rejected"]) if row.get("rejected") else chosen)
-
     # The transcripts go, as TRL may tell by `chosen`, rather than by `prompt`, whether a row is conversational.
     transcripts = ("chosen", "rejected")
+
+    def prompt_of(row: dict[str, Any]) -> list[Message]:
+        chosen, rejected = (as_messages(checked_prompt(row.get(column), column)) for column in transcripts)
+        return shared_prompt(chosen, rejected if row.get("rejected") else chosen)
+
     prompts = _to_prompts(dataset, HH_RLHF, origin, prompt_of, inputs=transcripts, remove=transcripts)
     return drop_rows(*prompts, drop_duplicates=drop_duplicates)
 
@@ -312,9 +315,10 @@ def _user_message(text: str | None) -> list[Message]:
 
 def _prompt_of(row: dict[str, Any]) -> list[Message]:
     """The prompt of a row that has one; plain text is a user message, even where it quotes a transcript."""
-    if not isinstance(row["prompt"], list):
-        return _user_message(row["prompt"])
-    messages = as_messages(row["prompt"])
+    prompt = checked_prompt(row["prompt"], "prompt")
+    if not isinstance(prompt, list):
+        return _user_message(prompt)
+    messages = as_messages(prompt)
     return shared_prompt(messages, messages)
 
 
@@ -382,7 +386,7 @@ def _load_hh_rows(path: str | None, split: str | None, dimension: str | None) ->
 
 
 def _pair_of_transcripts(row: dict[str, Any]) -> tuple[str, str, str] | None:
-    chosen, rejected = as_messages(row["chosen"]), as_messages(row["rejected"])
+    chosen, rejected = (as_messages(checked_prompt(row[column], column)) for column in ("chosen", "rejected"))
     prompt = shared_prompt(chosen, rejected)
     answers = [conversation[len(prompt) :] for conversation in (chosen, rejected)]
     if not prompt or any([message["role"] for message in answer] != ["assistant"] for answer in answers):
@@ -401,7 +405,12 @@ def _response_pairs(dataset: "Dataset", name: str, origin: str, label: str) -> "
         prompt = _prompt_of(row)
         if not prompt:
             return None
-        return prompt[-1]["content"], row[f"response_{better}"] or "", row[f"response_{1 - better}"] or ""
+        chosen, rejected = (f"response_{side}" for side in (better, 1 - better))
+        return (
+            prompt[-1]["content"],
+            checked_text(row[chosen], chosen) or "",
+            checked_text(row[rejected], rejected) or "",
+        )
 
     return _to_pairs(dataset, name, origin, pair_of, columns)
 

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
 from ..tool_calls import parse_gold
-from ._sources import DatasetReport, Source, conversation_feature, convert_rows, finish, load_rows, require_columns
+from ._sources import (
+    DatasetReport,
+    Source,
+    checked_prompt,
+    conversation_feature,
+    convert_rows,
+    finish,
+    load_rows,
+    require_columns,
+)
 
 
 if TYPE_CHECKING:
@@ -203,8 +212,9 @@ def _raw_prompt(row: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def _checked_prompt(prompt: Any) -> Any:
-    texts = [prompt] if isinstance(prompt, str) else [message.get("content") for message in prompt or [{}]]
-    if not all(isinstance(text, str) and text.strip() for text in texts):
+    prompt = checked_prompt(prompt, "prompt")
+    texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt or []]
+    if not texts or not all(text and text.strip() for text in texts):
         raise UsageError("the prompt is empty or has an empty message; fix the row or leave it out")
     return prompt
 

@@ -27,7 +27,8 @@ from typing import Any
 
 from ..errors import UsageError
 from ..tool_calls import parse_calls, parse_gold, parse_json, split_completion, values_equal
-from .engine import EvalRow, print_table, wilson_interval
+from .engine import EvalRow, wilson_interval
+from .tables import print_table
 
 
 PROTOCOLS = ("strict", "reference")
@@ -232,7 +233,7 @@ def score_predictions(
     scored = []
     for row in rows:
         record = predictions.get(row.id, {"error": "no prediction"})
-        completion = None if "error" in record else record["completion"]
+        completion = record["completion"] if record.get("error") is None else None
         score = score_completion(completion, row.gold, protocol)
         scored.append({"id": row.id, "level": row.level, **vars(score), "finish_reason": record.get("finish_reason")})
     levels = {

@@ -40,8 +40,8 @@ class Decoder:
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
             config = AutoConfig.from_pretrained(settings.model).get_text_config()
-        except (OSError, ValueError) as error:
-            raise UsageError(f"Cannot load the tokenizer and config of {source}: {error}") from error
+        except Exception as error:  # `tokenizers` raises a bare one for a damaged file
+            raise UsageError(f"Cannot load the tokenizer and config of {source}: {_one_line(error)}") from error
         try:
             stop = GenerationConfig.from_pretrained(settings.model).eos_token_id
         except OSError:
@@ -69,6 +69,7 @@ class Decoder:
         `settings.max_prompt_tokens` are shortened from the left, by whole turns as in training.
         """
         limit = self.settings.max_prompt_tokens
+        variables = self.settings.chat_template_kwargs or {}
         if not self.tokenizer.chat_template:
             texts = ["\n\n".join(message["content"] for message in prompt) for prompt in prompts]
             return [ids[-limit:] if limit else ids for ids in self.tokenizer(texts)["input_ids"]]
@@ -79,12 +80,12 @@ class Decoder:
                 from ..datasets.prompts import truncate_prompts_left
 
                 dataset, shortened = truncate_prompts_left(
-                    Dataset.from_dict({"prompt": list(prompts)}), self.tokenizer, limit
+                    Dataset.from_dict({"prompt": list(prompts)}), self.tokenizer, limit, variables
                 )
                 prompts = dataset["prompt"]
                 logger.info("%d of %d prompts were shortened to %d tokens.", shortened, len(prompts), limit)
             texts = [
-                self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+                self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False, **variables)
                 for prompt in prompts
             ]
         except UsageError:
@@ -140,8 +141,8 @@ class TransformersDecoder(Decoder):
 
                 # Not merged into the weights: merging would round them to their dtype.
                 model = PeftModel.from_pretrained(model, settings.adapter)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise UsageError(f"Cannot load {settings.adapter or settings.model}: {error}") from error
+        except Exception as error:  # each file format and each adapter has errors of its own
+            raise UsageError(f"Cannot load {settings.adapter or settings.model}: {_one_line(error)}") from error
         if self.tokenizer.pad_token_id is None:
             if not self.stop_ids:
                 raise UsageError(f"The tokenizer of {settings.model} has neither a padding nor an end token.")
@@ -150,16 +151,33 @@ class TransformersDecoder(Decoder):
         self.model = model.to(self.device).eval()
 
     def _complete(self, prompts: list[list[int]]) -> list[list[int]]:
+        limit = self.settings.max_new_tokens
+        rooms = [limit if self.context is None else min(limit, self.context - len(prompt)) for prompt in prompts]
+        completions: list[list[int]] = [[] for _ in prompts]
+        todo = list(range(len(prompts)))
+        # In steps, where rooms differ: each prompt gets its own, whatever the length of those beside it.
+        while todo:
+            step = min(rooms[index] - len(completions[index]) for index in todo)
+            new = self._generate([prompts[index] + completions[index] for index in todo], step)
+            for index, ids in zip(todo, new, strict=True):
+                completions[index] += ids
+            todo = [
+                index
+                for index in todo
+                if len(completions[index]) < rooms[index] and not set(self.stop_ids) & set(completions[index])
+            ]
+        return completions
+
+    def _generate(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
         import torch
         from transformers import GenerationConfig
 
         batch = self.tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(self.device)
         width = batch["input_ids"].shape[1]
-        room = self.settings.max_new_tokens if self.context is None else self.context - width
         # `generate` fills what is unset from the model's own config, which may hold a repetition penalty.
         self.model.generation_config = GenerationConfig(
             do_sample=False,
-            max_new_tokens=min(self.settings.max_new_tokens, room),
+            max_new_tokens=max_new_tokens,
             eos_token_id=self.stop_ids or None,
             pad_token_id=self.tokenizer.pad_token_id,
         )
@@ -216,6 +234,10 @@ class VLLMDecoder(Decoder):
             lora_request=self.lora_request,
         )
         return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _as_list(value: int | list[int] | None) -> list[int]:

@@ -61,6 +61,8 @@ class GenerationSettings:
         batch_size (`int`, *optional*):
             Prompts per batch, and so the most that a kill can lose. 8 by default, 256 with vLLM.
         dtype (`str`, defaults to `"auto"`): `"auto"` (as saved), `"float32"`, `"bfloat16"` or `"float16"`.
+        chat_template_kwargs (`dict[str, Any]`, *optional*):
+            Variables of the chat template. Give those that the model was trained with.
     """
 
     model: str
@@ -70,6 +72,7 @@ class GenerationSettings:
     max_prompt_tokens: int | None = None
     batch_size: int | None = None
     dtype: str = "auto"
+    chat_template_kwargs: dict[str, Any] | None = None
 
     def __post_init__(self):
         if self.backend not in ("transformers", "vllm"):
@@ -83,10 +86,11 @@ class GenerationSettings:
         config = Path(self.model) / "adapter_config.json"
         if self.adapter is None and config.is_file():
             try:
-                base = json.loads(config.read_text()).get("base_model_name_or_path")
+                content = json.loads(config.read_text())
             except ValueError:
-                base = None
-            if not base:
+                content = None
+            base = content.get("base_model_name_or_path") if isinstance(content, dict) else None
+            if not isinstance(base, str) or not base:
                 raise UsageError(
                     f"{config} names no base model; give the base as --model and {self.model} as --adapter."
                 )
@@ -107,6 +111,7 @@ class GenerationSettings:
             "max_new_tokens": self.max_new_tokens,
             "max_prompt_tokens": self.max_prompt_tokens,
             "dtype": self.dtype,
+            "chat_template_kwargs": self.chat_template_kwargs or None,
         }
 
 
@@ -122,7 +127,9 @@ def fingerprint_model(name: str, config_file: str) -> str:
         if not (folder / config_file).is_file():
             raise UsageError(f"The folder {name} holds no {config_file}, so it is no model (or adapter) to evaluate.")
         digest = hashlib.sha256()
-        for file in sorted({file for pattern in _MODEL_FILES for file in folder.glob(pattern)}):
+        # What an evaluation in this folder writes is no part of the model.
+        files = {file for pattern in _MODEL_FILES for file in folder.glob(pattern)}
+        for file in sorted(file for file in files if file.name not in (RUN_FILE, RESULTS_FILE)):
             digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
             with open(file, "rb") as stream:
                 while chunk := stream.read(1 << 22):
@@ -254,7 +261,7 @@ class PredictionLog:
     def __enter__(self) -> "PredictionLog":
         from filelock import FileLock, Timeout
 
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         # The kernel releases the lock when the process dies, however it dies.
         self._lock = FileLock(self.folder / ".lock")
         try:
@@ -277,11 +284,25 @@ class PredictionLog:
         self._lock.release()
 
     def append(self, records: Sequence[dict[str, Any]]) -> None:
-        """Adds finished rows; they are on the disk when this returns."""
-        data = "".join(json.dumps(record) + "\n" for record in records).encode()
+        """
+        Adds finished rows; they are on the disk when this returns.
+
+        Raises:
+            [`UsageError`]: if they cannot be written, as on a full disk. None of them is then in the file.
+        """
+        rest = memoryview("".join(json.dumps(record) + "\n" for record in records).encode())
         with open(self.path, "ab", buffering=0) as file:
-            file.write(data)
-            os.fsync(file.fileno())
+            before = file.tell()
+            try:
+                while rest:
+                    rest = rest[file.write(rest) :]
+                os.fsync(file.fileno())
+            except OSError as error:
+                file.truncate(before)
+                raise UsageError(
+                    f"Cannot write {self.path}: {error.strerror}. The rows before are kept; repeat the command to go "
+                    "on."
+                ) from error
         for record in records:
             self._records[record["id"]] = self.done[record["id"]] = record
 
@@ -305,7 +326,11 @@ class PredictionLog:
         try:
             before = json.loads(run_file.read_text())
         except ValueError:
-            raise UsageError(f"{run_file} is damaged; give another --output, or delete the folder.") from None
+            before = None
+        if not isinstance(before, dict):
+            raise UsageError(
+                f"{run_file} is damaged; give another --output, or delete it together with {PREDICTIONS_FILE}."
+            )
         changes = [
             f"{key} was {before.get(key)!r} and is now {self.identity.get(key)!r}"
             for key in {**before, **self.identity}
@@ -314,7 +339,7 @@ class PredictionLog:
         if changes:
             raise UsageError(
                 f"{self.folder} holds a run with other settings: {'; '.join(changes)}. Give another --output, or "
-                "delete the folder to start anew."
+                f"delete {RUN_FILE} and {PREDICTIONS_FILE} in it to start anew."
             )
 
     def _repair(self) -> None:
@@ -396,15 +421,26 @@ def generate_predictions(
         return {key: log.done[key] for key in ids}
 
 
+def make_folder(folder: Path) -> None:
+    """Makes a folder for results, if it is not there. Raises [`UsageError`] if it cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"Cannot write to a folder {folder}: {error.strerror}. Give another --output.") from error
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Writes a file so that it is either the old or the new one, never half, whatever happens."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UsageError(f"Cannot write {path}: {error.strerror}.") from error
 
 
 def wilson_interval(successes: float, trials: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -453,19 +489,3 @@ def write_results(folder: str | os.PathLike, results: dict[str, Any], scores: It
     path = folder / RESULTS_FILE
     write_atomically(path, json.dumps({**results, "versions": versions()}, indent=2, ensure_ascii=False) + "\n")
     return path
-
-
-def print_table(
-    title: str, columns: Sequence[str], lines: Iterable[Sequence[str]], caption: str | None = None
-) -> None:
-    """Prints a table to the terminal; the first column is left-aligned, all others are numbers and right-aligned."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD)
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index else "left", overflow="fold")
-    for line in lines:
-        table.add_row(*line)
-    Console().print(table)

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from .engine import EvalRow, print_table, wilson_interval
+from .engine import EvalRow, wilson_interval
+from .tables import print_table
 
 
 SUM = "sum"
@@ -63,7 +64,8 @@ def load_rows(datasets: dict[str, dict[str, Any]], limit: int | None = None) -> 
     rows = []
     for label, options in datasets.items():
         options = {"name": label, **options}
-        dataset = load_dataset_by_name(**{**_DEFAULTS.get(options["name"], {}), "limit": limit, **options})
+        defaults = _DEFAULTS.get(options["name"], {}) if isinstance(options["name"], str) else {}
+        dataset = load_dataset_by_name(**{**defaults, "limit": limit, **options})
         for index, record in enumerate(dataset):
             prompt = record["prompt"]
             if isinstance(prompt, str):
@@ -84,7 +86,7 @@ def resolve_rewards(rewards: dict[str, dict[str, Any]]) -> dict[str, Callable]:
     The reward functions that a recipe's `reward_funcs` and `reward_kwargs` describe, by label.
 
     Raises:
-        [`UsageError`]: if there is none, or one cannot be found.
+        [`UsageError`]: if there is none, or one cannot be found or reads a column of the data.
     """
     from ..rewards import resolve_reward
 
@@ -100,8 +102,28 @@ def resolve_rewards(rewards: dict[str, dict[str, Any]]) -> dict[str, Callable]:
             from ..rewards.preference import RewardModel
 
             reward = RewardModel(reward, label)
+        if needed := _further_arguments(reward):
+            raise UsageError(
+                f"The reward {label!r} needs {', '.join(f'`{name}`' for name in needed)}, and this evaluation gives "
+                "rewards the prompts and completions alone; leave it out."
+            )
         resolved[label] = reward
     return resolved
+
+
+def _further_arguments(reward: Callable) -> list[str]:
+    """The arguments that a reward cannot do without, beside those that [`compute_scores`] gives it."""
+    try:
+        parameters = inspect.signature(reward).parameters.values()
+    except (TypeError, ValueError):  # some builtins have no signature
+        return []
+    return [
+        parameter.name
+        for parameter in parameters
+        if parameter.default is parameter.empty
+        and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        and parameter.name not in ("prompts", "completions", "completion_ids")
+    ]
 
 
 def compute_scores(
@@ -133,7 +155,7 @@ def compute_scores(
         (name, row.id, row.prompt, [{"role": "assistant", "content": given[row.id]["completion"]}])
         for name, given in predictions.items()
         for row in rows
-        if row.id in given and "error" not in given[row.id]
+        if row.id in given and given[row.id].get("error") is None
     ]
     for label, function in rewards.items():
         reward = RewardGuard().wrap(function, label)
@@ -204,7 +226,7 @@ def summarize(
         ids = [row.id for row in members]
         entry = {
             "rows": len(members),
-            "missing": len(members) - sum("error" not in record for record in given),
+            "missing": len(members) - sum(record.get("error") is None for record in given),
             "cut_off": sum(record.get("finish_reason") == "length" for record in given),
             "unscored": {label: sum(scores[key][label] is None for key in ids) for label in labels},
             "mean": _means(scores, ids, dimensions),

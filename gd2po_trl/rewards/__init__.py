@@ -35,13 +35,15 @@ def resolve_reward(label: str, kwargs: dict[str, Any] | None = None) -> Callable
             Name under which the reward is logged.
         kwargs (`dict`, *optional*):
             Keyword arguments. `type` says what the label stands for, and defaults to the label itself: a built-in
-            short name, the dotted path of a function or class, or the folder or Hub id of a sequence classifier.
+            short name, the dotted path of a function or class, or the folder or Hub id of a sequence classifier with
+            one label.
 
     Returns:
         A reward function named `label`, or, for a sequence classifier, its id, which TRL loads.
 
     Raises:
-        [`UsageError`]: if there is no such reward, or it does not take these keyword arguments.
+        [`UsageError`]: if there is no such reward, it does not take these keyword arguments, or the model is no
+            sequence classifier with one label.
     """
     kwargs = dict(kwargs or {})
     kind = kwargs.pop("type", label)
@@ -54,13 +56,14 @@ def resolve_reward(label: str, kwargs: dict[str, Any] | None = None) -> Callable
             # Reward models name themselves in their errors.
             kwargs.setdefault("name", label)
         return _named(_build(builder, label, kwargs), label)
-    if Path(kind).expanduser().is_dir() or kind.count("/") == 1:
+    is_folder = kind != "" and Path(kind).expanduser().is_dir()
+    if is_folder or kind.count("/") == 1:
         if kwargs:
             raise UsageError(
                 f"The reward '{label}' is a sequence classifier that TRL loads, without keyword arguments. For "
                 f"{', '.join(kwargs)} use `type: reward_model` with `model: {kind}`."
             )
-        return kind
+        return _checked_classifier(str(Path(kind).expanduser()) if is_folder else kind, label)
     if _DOTTED_PATH.fullmatch(kind):
         target = _import(kind, label)
         if inspect.isclass(target) or kwargs:
@@ -71,6 +74,22 @@ def resolve_reward(label: str, kwargs: dict[str, Any] | None = None) -> Callable
         f"Unknown reward '{kind}'.{f' Did you mean {close[0]!r}?' if close else ''} A reward is one of "
         f"{', '.join(BUILT_IN)}, a dotted path such as my_rewards.brevity, or the folder or Hub id of a reward model."
     )
+
+
+def _checked_classifier(model: str, label: str) -> str:
+    """`model`, once its config says that TRL would find a trained head in it. Else TRL gives it a random one."""
+    from .score_model import is_classifier, read_config
+
+    try:
+        config = read_config(model)
+    except UsageError as error:
+        raise UsageError(f"The reward '{label}': {error}") from error
+    if not is_classifier(config):
+        raise UsageError(
+            f"The reward '{label}' is {model}, which is no sequence classifier but {config.architectures}: TRL would "
+            f"give it a random head. A model with a score head is `{{type: reward_model, model: {model}}}`."
+        )
+    return model
 
 
 def _import(path: str, label: str) -> Any:

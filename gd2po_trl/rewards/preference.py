@@ -127,6 +127,10 @@ class RewardModel:
             template, tokenizer, self.model, default="beaver" if is_safe_rlhf(self.config) else "chat"
         )
         self.encoder = ConversationEncoder(tokenizer, template, min(max_length, longest), truncation_side)
+        own = getattr(self.config.get_text_config(), "pad_token_id", None)
+        # The -1 of old LLaMA configs means none, too.
+        own = None if own == -1 else own
+        self.pad_token_id = own if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self._module: PreTrainedModel | None = None
 
     def load(self) -> "RewardModel":
@@ -134,10 +138,9 @@ class RewardModel:
         if self._module is not None:
             return self
         target = self._target_device()
-        tokenizer = self.encoder.tokenizer
         if is_classifier(self.config):
             # Sequence classifiers find the last token of a padded row by this id.
-            self.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+            self.config.get_text_config().pad_token_id = self.pad_token_id
         self._module = load_scoring_module(
             self.model,
             self.config,
@@ -212,7 +215,13 @@ class RewardModel:
 
     def _pad(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         length = max(map(len, rows))
-        input_ids = torch.full((len(rows), length), self.encoder.tokenizer.pad_token_id)
+        pad_token_id = self.pad_token_id
+        if pad_token_id is None:
+            # A sequence classifier takes the last token that is no padding for the end, so no row may end with it.
+            ends = {row[-1] for row in rows if row}
+            pad_token_id = next(token for token in range(len(rows) + 1) if token not in ends)
+            self._module.config.get_text_config().pad_token_id = pad_token_id
+        input_ids = torch.full((len(rows), length), pad_token_id)
         attention_mask = torch.zeros_like(input_ids)
         for index, ids in enumerate(rows):
             input_ids[index, : len(ids)] = torch.tensor(ids)
@@ -229,18 +238,11 @@ class RewardModel:
 
 
 def read_tokenizer(model: str, revision: str | None = None) -> Any:
-    """The tokenizer of a reward model, with a padding token. Raises [`UsageError`] if there is none."""
+    """The tokenizer of a reward model. Raises [`UsageError`] if there is none."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+        return AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=False)
+    except Exception as error:  # `tokenizers` raises a bare one for a damaged file
         raise UsageError(f"the tokenizer of reward model {model!r} cannot be read: {error}") from error
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token_id is None:
-            raise UsageError(
-                f"the tokenizer of reward model {model!r} has neither a padding nor an end-of-sequence token."
-            )
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 def finite_or(scores: Sequence[float | None], sign: int, nan: str, who: str) -> list[float | None]:

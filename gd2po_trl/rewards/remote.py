@@ -25,6 +25,18 @@ class _TransientError(Exception):
     """A failure that another attempt may not meet."""
 
 
+class _SameServer(urllib.request.HTTPRedirectHandler):
+    """Refuses to follow a server to another one, which would get the headers and whatever token they hold."""
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
+        if urllib.parse.urlsplit(newurl)[:2] != urllib.parse.urlsplit(req.full_url)[:2]:
+            raise RewardError(
+                f"remote reward model: {req.full_url} redirects to another server, {newurl}. If you trust it, set url "
+                "to it."
+            )
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
 class RemoteScorer:
     """
     A served reward model as a reward function for TRL.
@@ -36,7 +48,7 @@ class RemoteScorer:
     `score_head.weight` renamed to `score.weight`, the backbone's `...ForSequenceClassification` as architecture, and
     one label.
 
-    The environment's proxy settings are not used.
+    The environment's proxy settings are not used, and a redirection to another server is an error.
 
     Args:
         url (`str`):
@@ -128,7 +140,7 @@ class RemoteScorer:
         self.template = resolve_template(template, loaded, self.url)
         self.encoder = loaded and ConversationEncoder(loaded, self.template, max_length, truncation_side)
         # No proxies: whether training can reach its reward model must not hang on the environment.
-        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _SameServer)
 
     def load(self) -> "RemoteScorer":
         """Asks the server once, so that a dead one or an inverted reward is found before training starts."""
