@@ -417,8 +417,8 @@ def test_hostile_content_stays_text(tmp_path, capsys):
     assert {example["favoured_by"], example["penalised_by"]} == {reward, "other"}
 
 
-def verdict_of(first, second, tmp_path, capsys) -> str:
-    prompts = [f"p{row // 4}" for row in range(len(first))]
+def verdict_of(first, second, tmp_path, capsys, size=4) -> str:
+    prompts = [f"p{row // size}" for row in range(len(first))]
     table = pd.DataFrame({"prompt": prompts, "completion": "x", "right": first, "short": second})
     assert command(write(table, tmp_path / "a.parquet")) == 0
     return " ".join(capsys.readouterr().out.split())
@@ -445,6 +445,18 @@ def test_verdicts(tmp_path, capsys):
     assert "right and short disagree on 100%" in opposed
     assert "they work against each other" in opposed
     assert "so much conflict that Hard would leave only 0% of the rollouts with signal" in opposed
+
+
+def test_the_verdict_is_about_groups_with_signal(tmp_path, capsys):
+    # Nine groups of ten are saturated; in the others three of four rollouts are in conflict.
+    first, second = [1, 0, 0, 0] + [1] * 36, [-1, 0, 0, -1] + [1] * 36
+    printed = verdict_of(first * 50, second * 50, tmp_path, capsys)
+    assert "right and short disagree on 8%" in printed
+    assert "so much conflict that Hard would leave only 25% of the rollouts with signal" in printed
+    # One conflict among ten rollouts with signal.
+    first, second = [1] * 5 + [0] * 5 + [1] * 30, [1] * 6 + [0] * 4 + [1] * 30
+    printed = verdict_of(first, second, tmp_path, capsys, size=10)
+    assert "some conflict (10% of the rollouts that carry any signal)" in printed
 
 
 def test_one_reward_has_nothing_to_conflict_with(hand_made, tmp_path, capsys):

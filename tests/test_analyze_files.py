@@ -64,6 +64,26 @@ def test_a_table_that_is_logged_twice_counts_once(tmp_path):
     assert "1 logging step" in notes
 
 
+def test_the_rest_of_a_cut_group_is_left_out_of_trl_tables(tmp_path):
+    # 16 rows: a training batch whose first 6 rows fell out when an evaluation with 2 rollouts per prompt came.
+    prompts = [*"aabbbbccccxxyyzz"]
+    groups = [rollouts_table(prompts, [step] * 16).assign(completion=f"step {step}") for step in (1, 2)]
+    for step, table in enumerate(groups, 1):
+        write(table, tmp_path / f"completions_0000{step}.parquet")
+    # A full table and one whose first group is larger than the others stay as they are.
+    write(rollouts_table([*"aaaabbbbcccc"], [3] * 12), tmp_path / "completions_00003.parquet")
+    write(rollouts_table([*"aaaaxxyy"], [4] * 8), tmp_path / "completions_00004.parquet")
+    groups = find_groups(read_rollouts([tmp_path], ["a", "b"]))
+    sizes = {step: sorted(groups.sizes[groups.steps == step].tolist()) for step in (1, 2, 3, 4)}
+    assert sizes == {1: [2, 2, 2, 4, 4], 2: [2, 2, 2, 4, 4], 3: [4, 4, 4], 4: [2, 2, 4]}
+    assert any("4 rollouts at the head of logged tables" in note for note in groups.notes)
+    # Elsewhere groups of any size may have been meant.
+    other = write(rollouts_table(prompts, [1] * 16), tmp_path / "mine.parquet")
+    groups = find_groups(read_rollouts([other], ["a", "b"]))
+    assert sorted(groups.sizes.tolist()) == [2, 2, 2, 2, 4, 4]
+    assert not any("head" in note for note in groups.notes)
+
+
 def test_messages_as_prompts_and_files_of_two_runs(tmp_path):
     for run in ("one", "two"):
         (tmp_path / run / "completions").mkdir(parents=True)

@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 
 from ..errors import UsageError
-from .reading import Rollouts
+from .reading import Rollouts, is_trl_table
 
 
 # A file counts as written batch by batch, each prompt's rollouts side by side, if this share of its rows stands in
@@ -54,7 +54,8 @@ def find_groups(rollouts: Rollouts, num_generations: int | None = None) -> Group
     A prompt may occur more than once in a step. Where a file has each prompt's rollouts side by side, as TRL writes
     them, such occurrences are told apart by the group size: `num_generations`, or else the most frequent number of
     equal prompts in a row. Rows in any other order form one group per prompt and step, unless `num_generations` says
-    how to cut it. Groups may differ in size; a rollout that is alone with its prompt is left out.
+    how to cut it. Groups may differ in size; a rollout that is alone with its prompt is left out, and so is the rest
+    of a group at the head of one of TRL's tables.
 
     Args:
         rollouts ([`Rollouts`]):
@@ -76,7 +77,8 @@ def find_groups(rollouts: Rollouts, num_generations: int | None = None) -> Group
     run, step, prompt = rollouts.run[rows], rollouts.step[rows], rollouts.prompt[rows]
     # Rows by (run, step), in file order within a step.
     by_step = np.lexsort((step, run))
-    rows, run, step, prompt = rows[by_step], run[by_step], step[by_step], prompt[by_step]
+    rows = _without_remnants(rollouts, rows[by_step], notes)
+    run, step, prompt = rollouts.run[rows], rollouts.step[rows], rollouts.prompt[rows]
     is_start = np.ones(len(rows), dtype=bool)
     is_start[1:] = (prompt[1:] != prompt[:-1]) | (step[1:] != step[:-1]) | (run[1:] != run[:-1])
     side_by_side = np.diff(np.append(np.flatnonzero(is_start), len(rows)))
@@ -140,6 +142,32 @@ def _note_large_groups(sizes: np.ndarray, num_generations: int | None, notes: li
             f"{typical} rollouts in a step: each is taken as one group. If a prompt was drawn more than once, "
             f"--num-generations {typical} cuts it, in the order of the file."
         )
+
+
+def _without_remnants(rollouts: Rollouts, rows: np.ndarray, notes: list[str]) -> np.ndarray:
+    """
+    `rows`, sorted by run and step, without the first group of each of TRL's tables that is a remnant.
+
+    Such a table holds the last rows of its step, as many as one generation batch has. An evaluation adds rows of its
+    own, so that the first ones fall out, and part of a group may stay: fewer rows than most of the others stand in.
+    """
+    trl_files = np.array([is_trl_table(file) for file in rollouts.files])
+    run, step, prompt = rollouts.run[rows], rollouts.step[rows], rollouts.prompt[rows]
+    kept = np.ones(len(rows), dtype=bool)
+    tables = np.flatnonzero((run[1:] != run[:-1]) | (step[1:] != step[:-1])) + 1
+    for table in np.split(np.arange(len(rows)), tables):
+        if not trl_files[rollouts.file[rows[table]]].all():
+            continue
+        starts = np.flatnonzero(prompt[table][1:] != prompt[table][:-1]) + 1
+        first, *others = np.diff([0, *starts, len(table)])
+        if others and first < _frequent_run_length(np.array(others)):
+            kept[table[:first]] = False
+    if not kept.all():
+        notes.append(
+            f"{(~kept).sum():,} rollouts at the head of logged tables are the rest of groups that TRL cut, and are "
+            "left out."
+        )
+    return rows[kept]
 
 
 def _without_repeated_tables(rollouts: Rollouts) -> tuple[np.ndarray, int]:

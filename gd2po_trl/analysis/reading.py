@@ -119,6 +119,11 @@ def _files_in(folder: Path) -> list[Path]:
     return files
 
 
+def is_trl_table(file: Path) -> bool:
+    """Whether `file` is called as TRL calls the completions of a logging step."""
+    return file.name.startswith("completions_") and file.suffix == ".parquet"
+
+
 def read_rollouts(sources: Sequence[str | Path], reward_names: Sequence[str] | None = None) -> Rollouts:
     """
     Read the rollouts of runs or files.
@@ -191,7 +196,7 @@ def read_rollouts(sources: Sequence[str | Path], reward_names: Sequence[str] | N
         notes.append(f"Rollouts of {len(folders)} folders are pooled; groups are formed within a folder.")
     if not has_step:
         notes.append("There is no column `step`: all rows count as one step, so nothing is said about change.")
-    if any(file.name.startswith("completions_") and file.suffix == ".parquet" for file in files):
+    if any(map(is_trl_table, files)):
         notes.append(
             "TRL's table holds the latest generation batch of each logging step. An evaluation replaces the table of "
             "its step, and nothing in the file tells its rollouts from training ones."

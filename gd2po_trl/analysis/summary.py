@@ -8,8 +8,8 @@ import numpy as np
 from .statistics import Analysis, PairFigures
 
 
-# Rules of thumb of this report: below the first share of conflicting rollouts GD²PO all but equals GDPO, below the
-# second a difference will drown in the noise between seeds.
+# Rules of thumb of this report: below the first share of conflicting rollouts, among those that some reward pushes at
+# all, GD²PO all but equals GDPO, below the second a difference will drown in the noise between seeds.
 LITTLE_CONFLICT = 0.05
 SOME_CONFLICT = 0.15
 # If Hard keeps less of the rollouts with signal than this, there is little left to learn from.
@@ -151,13 +151,14 @@ def _balance(analysis: Analysis) -> str:
 
 
 def _verdict(analysis: Analysis) -> str:
-    ratio = analysis.conflict_ratio
+    # Rollouts without any signal are no evidence of harmony: with them a saturated run would always look peaceful.
+    ratio = analysis.conflict_ratio_with_signal
     if len(analysis.rewards) == 1 or not ratio >= LITTLE_CONFLICT:
         return "Verdict: with so little conflict GD²PO will behave like GDPO: expect no difference."
     if ratio < SOME_CONFLICT:
         return (
-            "Verdict: there is some conflict, but GD²PO will differ little from GDPO, and the difference will be hard "
-            "to tell from the noise between seeds."
+            f"Verdict: there is some conflict ({percent(ratio)} of the rollouts that carry any signal), but GD²PO "
+            "will differ little from GDPO, and the difference will be hard to tell from the noise between seeds."
         )
     hard, *snr = analysis.filters
     evidence = (
@@ -167,8 +168,9 @@ def _verdict(analysis: Analysis) -> str:
     )
     if hard.kept_ratio_with_signal >= LITTLE_LEFT:
         return (
-            "Verdict: there is enough conflict for GD²PO to act on. Hard would train on "
-            f"{percent(hard.kept_ratio)} of the rollouts, which makes updates cheaper. {evidence}"
+            f"Verdict: there is enough conflict for GD²PO to act on ({percent(ratio)} of the rollouts that carry any "
+            f"signal). Hard would train on {percent(hard.kept_ratio)} of all rollouts, which makes updates cheaper. "
+            f"{evidence}"
         )
     sentence = (
         f"Verdict: there is so much conflict that Hard would leave only {percent(hard.kept_ratio_with_signal)} of the "

@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
     _check(arguments)
 
-    from ..comparison.variants import make_variants, parse_settings
+    from ..comparison.variants import make_variants, mask_secrets, parse_settings
     from ..gd2po_config import METHODS
     from ..recipe import load_recipe
 
@@ -63,10 +63,11 @@ def main(argv: list[str]) -> int:
         for variant in variants
     }
     comparison = _Comparison(arguments, overrides, recipes)
+    caption = f"gd2po compare {shlex.join(mask_secrets(argv))}"
 
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        failures = comparison.run(variants, baseline, caption=f"gd2po compare {shlex.join(argv)}")
+        failures = comparison.run(variants, baseline, caption)
     finally:
         signal.signal(signal.SIGTERM, previous)
     return 1 if failures else 0
@@ -82,9 +83,17 @@ class _Comparison:
 
     def __init__(self, arguments: argparse.Namespace, overrides: Sequence[str], recipes: "dict[str, Recipe]"):
         self.arguments, self.overrides, self.recipes = arguments, overrides, recipes
-        first = next(iter(recipes.values()))
-        labels = first.arguments.reward_funcs
-        self.weights = dict(zip(labels, first.training.reward_weights or [1.0] * len(labels), strict=True))
+        _check_recipes(recipes, measure=arguments.measure)
+        first, *others = recipes
+        labels = recipes[first].arguments.reward_funcs
+        self.weights = _weights(recipes[first])
+        self.weights_note = ""
+        differing = [name for name in others if _directions(_weights(recipes[name])) != _directions(self.weights)]
+        if differing:
+            self.weights_note = (
+                f"`reward_weights` say which rewards `sum` and `worst` are made of, and that low is good where one is "
+                f"negative. Those of {first} are used for all; {', '.join(differing)} trained with others."
+            )
         self.ranges = _parse_ranges(arguments.ranges, labels)
         if not any(self.weights.values()):
             raise UsageError("All `reward_weights` are 0: there is nothing to compare.")
@@ -117,6 +126,8 @@ class _Comparison:
             contrasts=LADDER if self.arguments.match_whitening else (),
         )
         text = markdown(results, caption, rates)
+        if self.weights_note:
+            text += f"\n{self.weights_note}\n"
         if search:
             text += f"\n{search_table(search, self._tuning_seeds())}\n"
         (output / "report.md").write_text(text, encoding="utf-8")
@@ -188,9 +199,12 @@ class _Comparison:
             rollouts = training.per_device_train_batch_size * training.gradient_accumulation_steps
             curves = None
             if outcome.state is not None:
-                curves = read_curves(
-                    outcome.state, list(self.weights), rollouts, held_out=self.arguments.measure == "eval"
-                )
+                try:
+                    curves = read_curves(
+                        outcome.state, list(self.weights), rollouts, held_out=self.arguments.measure == "eval"
+                    )
+                except UsageError as error:
+                    raise UsageError(f"{outcome.run.label}: {error}") from error
             result[outcome.run.folder] = (outcome, curves)
         return result
 
@@ -275,6 +289,33 @@ def _check(arguments: argparse.Namespace) -> None:
             raise UsageError(f"--learning-rates has {rate:g}; a learning rate is positive.")
     if arguments.output.exists() and not arguments.output.is_dir():
         raise UsageError(f"--output '{arguments.output}' is a file; name a folder.")
+
+
+def _check_recipes(recipes: "dict[str, Recipe]", *, measure: str) -> None:
+    first = next(iter(recipes))
+    rewards = recipes[first].arguments.reward_funcs
+    for name, recipe in recipes.items():
+        if set(recipe.arguments.reward_funcs) != set(rewards):
+            raise UsageError(
+                f"{name} has the rewards {', '.join(recipe.arguments.reward_funcs)}, and {first} has "
+                f"{', '.join(rewards)}; only runs with the same rewards can be compared. A reward of weight 0 "
+                "(`reward_weights`) is logged and not trained on."
+            )
+        if measure == "eval" and recipe.training.eval_strategy == "no":
+            raise UsageError(
+                f"--measure eval: {name}: `eval_strategy` is 'no'. Set it to 'steps' with `eval_steps`, and "
+                "`eval_dataset`, in the recipe or with --set."
+            )
+
+
+def _weights(recipe: "Recipe") -> dict[str, float]:
+    labels = recipe.arguments.reward_funcs
+    return dict(zip(labels, recipe.training.reward_weights or [1.0] * len(labels), strict=True))
+
+
+def _directions(weights: dict[str, float]) -> dict[str, int]:
+    """Per reward 1, -1, or 0 where it has no weight."""
+    return {name: (weight > 0) - (weight < 0) for name, weight in weights.items()}
 
 
 def _parse_ranges(texts: Sequence[str], labels: Sequence[str]) -> dict[str, tuple[float, float]]:

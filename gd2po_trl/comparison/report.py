@@ -5,12 +5,14 @@ import math
 from pathlib import Path
 from typing import Any
 
-from .curves import AXES
+from .curves import AXES, counted_rewards
 from .results import Comparison, Results
-from .statistics import Interval, mean_interval
+from .statistics import Interval, mean_interval, smallest_sign_flip_p
+from .variants import mask_secrets
 
 
 KINDS = ("final", "area")
+SHARED_MACHINE = "Seconds hold only for a machine without other work, other runs of the comparison included."
 
 
 def markdown(results: Results, caption: str, learning_rates: dict[str, float]) -> str:
@@ -36,13 +38,43 @@ def markdown(results: Results, caption: str, learning_rates: dict[str, float]) -
 
 def _summary(results: Results) -> str:
     seeds = len(results.seeds)
-    ranges = ", ".join(f"{name} {low:g} to {high:g}" for name, (low, high) in results.ranges.items())
     return (
-        f"{seeds} seeds ({', '.join(map(str, results.seeds))}). `sum` is the sum of the rewards, each as a share of "
-        f"its range ({ranges}); `worst` is the lowest of these shares. Intervals are 95 % (Student's t over the "
-        "seeds). Differences are paired by seed; p-values are two-sided. Holm's correction is over all rows of a "
-        f"table; \\* marks p < 0.05 after it. With {seeds} seeds the sign-flip test cannot give less than "
-        f"{min(1.0, 2 / 2**seeds):.3g}."
+        f"{seeds} seeds ({', '.join(map(str, results.seeds))}). {_made_of(results)} Intervals are 95 % (Student's t "
+        f"over the seeds). Differences are paired by seed; p-values are two-sided. {_corrected_together(results)}\\* "
+        f"marks p < 0.05 after the correction. With {seeds} seeds the sign-flip test cannot give less than "
+        f"{smallest_sign_flip_p(seeds):.3g}."
+    )
+
+
+def _corrected_together(results: Results) -> str:
+    family = len(results.tables["steps", "final"])
+    if family == 0:
+        return ""
+    sentence = (
+        f"Holm's correction is of the t-test's p-values, over the {family} differences that belong to one budget and "
+        "one kind (final or area): every method but the baseline in each reward, `sum` and `worst`, also where a "
+        "table shows the last two only. Different budgets and kinds are not corrected for each other. "
+    )
+    if results.contrasts:
+        sentence += f"The {len(results.contrasts)} rows of *one thing at a time* are corrected among themselves. "
+    return sentence
+
+
+def _made_of(results: Results) -> str:
+    counted = counted_rewards(results.ranges, results.weights)
+    ranges = "; ".join(
+        f"{name} {results.ranges[name][0]:g} to {results.ranges[name][1]:g}"
+        + (", lower is better" if results.weights[name] < 0 else "")
+        for name in counted
+    )
+    left_out = [
+        f"{name} (weight 0)" if results.weights[name] == 0 else f"{name} (the same in all runs)"
+        for name in results.ranges
+        if name not in counted
+    ]
+    return (
+        f"`sum` is the sum of the rewards, each as a share of its range{f' ({ranges})' if ranges else ''}; `worst` is "
+        "the lowest of these shares." + (f" Left out of both: {', '.join(left_out)}." if left_out else "")
     )
 
 
@@ -84,20 +116,22 @@ def _contrast_table(results: Results) -> str:
 
 
 def _budget_table(results: Results) -> str:
-    header = ["budget", "method"]
     columns = [(kind, quantity) for kind in KINDS for quantity in ("sum", "worst")]
-    for kind, quantity in columns:
-        header += [f"{kind} {quantity}", f"difference to {results.baseline}"]
+    header = ["budget", "method", *(f"{kind} {quantity}" for kind, quantity in columns)]
     rows = []
     for axis in AXES:
-        for variant in results.variants:
-            cells = [f"{_amount(results.budgets[axis])} {axis}", variant.name]
+        for index, variant in enumerate(results.variants):
+            cells = [f"{_amount(results.budgets[axis])} {axis}" if index == 0 else "", variant.name]
             for kind, quantity in columns:
+                interval = results.interval(variant.name, axis, kind, quantity)
                 row = _find(results.tables[axis, kind], variant.name, quantity)
-                cells += [_plus_minus(results.interval(variant.name, axis, kind, quantity)), _difference(row)]
+                cells.append(_mean_and_difference(interval, row))
             rows.append(cells)
     budgets = "; ".join(f"*{axis}*: {meaning}" for axis, meaning in AXES.items())
-    explained = f"*final*: {_final_meaning(results)} the budget; *area*: mean over the whole budget. {budgets}."
+    explained = (
+        f"Mean over the seeds; in brackets the difference to {results.baseline} with half its interval. *final*: "
+        f"{_final_meaning(results)} the budget; *area*: mean over the whole budget. {budgets}. {SHARED_MACHINE}"
+    )
     title = "At equal budget: as much as every finished run has spent"
     return _table(title, header, rows) + f"\n\n{explained}"
 
@@ -124,7 +158,7 @@ def _cost_table(results: Results) -> str:
                 _plus_minus(mean_interval([run.completion_length for run in runs]), "{:.1f}"),
             ]
         )
-    return _table("What a whole run costs", header, rows)
+    return _table("What a whole run costs", header, rows) + f"\n\n{SHARED_MACHINE}"
 
 
 def _seed_table(results: Results) -> str:
@@ -180,14 +214,26 @@ def _difference(row: Comparison | None) -> str:
     interval = row.test.difference
     if interval.count == 1:
         return f"{interval.mean:+.3f}"
-    star = "\\*" if row.p_holm < 0.05 else ""
-    return f"{interval.mean:+.3f}{star} [{interval.low:+.3f}, {interval.high:+.3f}]"
+    return f"{interval.mean:+.3f}{_star(row)} [{interval.low:+.3f}, {interval.high:+.3f}]"
 
 
-def _plus_minus(interval: Interval, form: str = "{:.3f}") -> str:
+def _mean_and_difference(interval: Interval, row: Comparison | None) -> str:
     if interval.count == 0:
         return "–"
-    mean = form.format(interval.mean)
+    mean = f"{interval.mean:.3f}"
+    if row is None or row.test.difference.count == 0:
+        return mean
+    return f"{mean} ({_plus_minus(row.test.difference, '{:.3f}', '{:+.3f}')}{_star(row)})"
+
+
+def _star(row: Comparison) -> str:
+    return "\\*" if row.p_holm < 0.05 else ""
+
+
+def _plus_minus(interval: Interval, form: str = "{:.3f}", mean_form: str = "") -> str:
+    if interval.count == 0:
+        return "–"
+    mean = (mean_form or form).format(interval.mean)
     return mean if interval.count == 1 else f"{mean} ± {form.format(interval.half_width)}"
 
 
@@ -204,7 +250,7 @@ def write_json(
         "learning_rates": learning_rates,
         "learning_rate_search": tuning,
         "variants": {
-            variant.name: {"method": variant.method, "overrides": list(variant.overrides)}
+            variant.name: {"method": variant.method, "overrides": mask_secrets(variant.overrides)}
             for variant in results.variants
         },
         "runs": [

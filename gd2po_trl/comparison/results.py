@@ -30,7 +30,7 @@ class RunResult:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One paired difference: `variant` minus `against` in a quantity, with Holm's correction within its table."""
+    """One paired difference: `variant` minus `against` in a quantity, with Holm's correction within its family."""
 
     label: str
     variant: str
@@ -53,6 +53,7 @@ class Results:
         runs (`dict[str, list[RunResult]]`): Runs per variant, in the order of `seeds`.
         seeds (`list[int]`): Seeds.
         quantities (`list[str]`): Rewards, `"sum"` and `"worst"`.
+        weights (`dict[str, float]`): Weight of each reward, of which `sum` and `worst` use the sign.
         ranges (`dict[str, tuple[float, float]]`): What the normalised rewards refer to.
         budgets (`dict[str, float]`): Per axis, what every finished run has spent.
         final_share (`float`): Share of a budget, at its end, over which final values are averaged; 0 takes the end.
@@ -65,6 +66,7 @@ class Results:
     runs: dict[str, list[RunResult]]
     seeds: list[int]
     quantities: list[str]
+    weights: dict[str, float]
     ranges: dict[str, tuple[float, float]]
     budgets: dict[str, float]
     final_share: float
@@ -97,7 +99,8 @@ def evaluate(
         outcomes (`dict`): Per variant, for every seed how its run ended and what it logged.
         variants (sequence of [`Variant`]), seeds (sequence of `int`): What was run.
         baseline (`str`): Name of the variant that the others are compared with.
-        weights (`dict[str, float]`): Weight of each reward; 0 keeps one out of `sum` and `worst`.
+        weights (`dict[str, float]`): Weight of each reward; 0 keeps one out of `sum` and `worst`, and of a negative
+            one low values are good.
         ranges (`dict[str, tuple[float, float]]`): Known ranges of rewards; the others use what was observed.
         contrasts (sequence of [`Contrast`]): Further differences; those whose variants were not run are left out.
     """
@@ -121,6 +124,7 @@ def evaluate(
         runs=runs,
         seeds=list(seeds),
         quantities=[*names, "sum", "worst"],
+        weights=weights,
         ranges=ranges,
         budgets=budgets,
         final_share=finished[0].final_share if finished else 0.0,

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 
 from ..errors import UsageError
-from .variants import Variant
+from .variants import Variant, mask_secrets
 
 
 RECORD = "run.json"
@@ -174,7 +174,10 @@ class _Process:
     def has_ended(self) -> bool:
         if self.child is not None:
             return self.child.poll() is not None
-        return not self.left_behind.is_running() or self.left_behind.status() == psutil.STATUS_ZOMBIE
+        try:
+            return not self.left_behind.is_running() or self.left_behind.status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:  # it ended between the two questions
+            return True
 
     def conclude(self) -> str:
         """Record how the run ended, and say it in a few words."""
@@ -234,7 +237,7 @@ def _read_record(run: Run) -> dict[str, Any]:
 
 
 def _write_record(run: Run, **entries: Any) -> None:
-    record = {"command": shlex.join(run.command), "settings": run.settings, **entries}
+    record = {"command": shlex.join(mask_secrets(run.command)), "settings": run.settings, **entries}
     temporary = run.folder / f"{RECORD}.part"
     temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     temporary.replace(run.folder / RECORD)

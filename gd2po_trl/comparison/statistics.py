@@ -8,6 +8,8 @@ from dataclasses import dataclass
 # Up to this many pairs the sign-flip test visits all 2^n sign patterns; beyond, it draws this many at random.
 EXACT_PAIRS = 14
 RANDOM_FLIPS = 20_000
+# Differences that vary by less than this share of the compared values are equal but for rounding.
+ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,10 @@ class PairedTest:
 
     Args:
         difference ([`Interval`]): Mean difference and its interval.
-        p_t (`float`): Two-sided p-value of the paired t-test.
+        p_t (`float`): Two-sided p-value of the paired t-test. Where all differences are equal, which leaves it
+            undefined, 1 if they are 0 and else NaN.
         p_sign_flip (`float`): Two-sided p-value of the sign-flip permutation test of the mean, which assumes no normal
-            distribution. With n pairs it cannot be below `2 / 2**n`.
+            distribution. It cannot be below `smallest_sign_flip_p` of the number of pairs.
     """
 
     difference: Interval
@@ -80,6 +83,7 @@ def paired_test(values: Sequence[float], baseline: Sequence[float], confidence: 
     Raises:
         `ValueError`: if the two differ in length.
     """
+    import numpy as np
     from scipy import stats
 
     if len(values) != len(baseline):
@@ -88,9 +92,10 @@ def paired_test(values: Sequence[float], baseline: Sequence[float], confidence: 
     interval = mean_interval(differences, confidence)
     if len(differences) < 2:
         return PairedTest(interval, math.nan, math.nan)
-    if len(set(differences)) == 1:
-        # No spread: the t statistic is not defined (0 / 0) or infinite.
-        p_t = 1.0 if differences[0] == 0 else 0.0
+    rounding = ROUNDING * max(np.abs(values).max(), np.abs(baseline).max())
+    if np.ptp(differences) <= rounding:
+        # No spread: the t statistic is 0 / 0, or infinite, which no number of seeds justifies.
+        p_t = 1.0 if abs(interval.mean) <= rounding else math.nan
     else:
         p_t = float(stats.ttest_1samp(differences, 0.0).pvalue)
     return PairedTest(interval, p_t, sign_flip_test(differences))
@@ -100,13 +105,16 @@ def sign_flip_test(differences: Sequence[float]) -> float:
     """
     Two-sided p-value of the mean of `differences` if each were as likely with the opposite sign.
 
-    Exact for up to 14 differences, beyond that from 20,000 random sign patterns with a fixed seed.
+    Exact for up to 14 differences, beyond that from 20,000 random sign patterns with a fixed seed. NaN if a difference
+    is NaN.
     """
     import numpy as np
 
     values = np.asarray(differences, dtype=np.float64)
     count = len(values)
     observed = abs(values.sum())
+    if np.isnan(observed):
+        return math.nan
     # Rounding must not decide whether a pattern reaches the observed sum.
     tolerance = 1e-9 * max(np.abs(values).sum(), np.finfo(np.float64).tiny)
     if count <= EXACT_PAIRS:
@@ -116,6 +124,11 @@ def sign_flip_test(differences: Sequence[float]) -> float:
     signs = np.random.default_rng(0).choice([-1.0, 1.0], size=(RANDOM_FLIPS, count))
     reached = int((np.abs(signs @ values) >= observed - tolerance).sum())
     return (reached + 1) / (RANDOM_FLIPS + 1)
+
+
+def smallest_sign_flip_p(count: int) -> float:
+    """The lowest p-value that `sign_flip_test` can give for `count` differences."""
+    return min(1.0, 2 / 2**count) if count <= EXACT_PAIRS else 1 / (RANDOM_FLIPS + 1)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -1,13 +1,17 @@
 """What is compared: a method with overrides, under a name."""
 
+import json
 import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..errors import UsageError
+from ..recipe import without_secrets
 
 
+MASK = "***"
 # Keys that the comparison itself sets for every run.
 RESERVED = ("config", "method", "seed", "output_dir", "resume_from_checkpoint")
 
@@ -99,3 +103,42 @@ def parse_settings(settings: Sequence[str], option: str) -> tuple[str, ...]:
             raise UsageError(f"{option} {setting}: the comparison sets `{key}` itself.")
         words += [f"--{key}", *(shlex.split(value) if not value.startswith(("{", "[")) else [value])]
     return tuple(words)
+
+
+def mask_secrets(words: Sequence[str]) -> list[str]:
+    """`words` of a command line for a file: what a recipe's record leaves out as a secret is masked."""
+    masked, after_secret = [], False
+    for word in words:
+        if word.startswith("--"):
+            after_secret = "=" not in word and _is_secret(word)
+        elif after_secret:
+            word = MASK
+        masked.append(_mask_secrets_in_word(word))
+    return masked
+
+
+def _is_secret(key: str) -> bool:
+    return not without_secrets({key.lstrip("-").replace("-", "_"): ""})
+
+
+def _mask_secrets_in_word(word: str) -> str:
+    """For `key=value`, `--option=key=value` and JSON."""
+    if word.startswith(("{", "[")):
+        try:
+            value = json.loads(word)
+        except ValueError:
+            return MASK if _is_secret(word) or "_token" in word else word
+        masked = _mask_secrets_in_json(value)
+        return word if masked == value else json.dumps(masked)
+    key, equals, value = word.partition("=")
+    if not equals:
+        return word
+    return f"{key}={MASK if _is_secret(key) else _mask_secrets_in_word(value)}"
+
+
+def _mask_secrets_in_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: MASK if _is_secret(key) else _mask_secrets_in_json(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_mask_secrets_in_json(item) for item in value]
+    return _mask_secrets_in_word(value) if isinstance(value, str) else value
