@@ -38,8 +38,8 @@ def checkpoint_to_resume(resume: str | bool | None, output_dir: str | Path) -> s
     if text in ("none", "false", ""):
         if any(Path(output_dir).glob("checkpoint-*")):
             raise UsageError(
-                f"`output_dir` '{output_dir}' holds checkpoints of another run. Give another `output_dir`, delete them, "
-                "or go on from them with `resume_from_checkpoint: latest`."
+                f"`output_dir` '{output_dir}' holds checkpoints of another run. Give another `output_dir`, delete "
+                "them, or go on from them with `resume_from_checkpoint: latest`."
             )
         return None
     if text not in ("true", "latest"):

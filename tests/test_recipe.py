@@ -48,7 +48,7 @@ def test_values_and_overrides(write):
 
 
 def test_a_date_that_no_calendar_has(write):
-    with pytest.raises(UsageError, match="not valid YAML.*month"):
+    with pytest.raises(UsageError, match=r"not valid YAML.*month"):
         load_recipe(write("run_name: 2024-13-45"))
 
 
