@@ -258,6 +258,9 @@ def test_a_copy_is_the_recipe_with_its_bases(tmp_path, monkeypatch, capsys):
     assert main(["recipes", "copy", name]) == 2
     assert "_cpu.yaml' exists and differs" in capsys.readouterr().err
 
+    assert main(["recipes", "copy", name, str(tmp_path / "recipes" / "_cpu.yaml")]) == 2
+    assert "Cannot write to" in capsys.readouterr().err
+
     monkeypatch.chdir(RECIPES.parent)
     assert main(["recipes", "copy", name]) == 2
     assert "name another folder" in capsys.readouterr().err

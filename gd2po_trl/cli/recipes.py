@@ -51,11 +51,14 @@ def _copy(path: Path, destination: Path) -> Path:
     files = files_of(path)
     targets = [destination / file.resolve().relative_to(FOLDER.resolve()) for file in files]
     for file, target in zip(files, targets, strict=True):
-        if target.exists() and target.samefile(file):
+        if target.is_file() and target.samefile(file):
             raise UsageError(f"'{destination}' is where the recipes are already; name another folder.")
-        if target.exists() and target.read_bytes() != file.read_bytes():
+        if target.is_file() and target.read_bytes() != file.read_bytes():
             raise UsageError(f"'{target}' exists and differs; move it away, or name another folder.")
-    for file, target in zip(files, targets, strict=True):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, target)
+    try:
+        for file, target in zip(files, targets, strict=True):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
+    except OSError as error:
+        raise UsageError(f"Cannot write to '{destination}': {error.strerror}.") from error
     return targets[-1]
