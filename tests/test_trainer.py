@@ -242,7 +242,15 @@ def test_none_from_one_and_from_all_rewards(build):
     def never(completions, **kwargs):
         return [None] * len(completions)
 
-    trainer = build(reward_funcs=[never, never])
+    def one_per_group(completions, **kwargs):
+        return [1.0 * index if index % 4 == 0 else None for index in range(len(completions))]
+
+    train(build(reward_funcs=low_bytes))  # a single reward
+    for silent in ([never, never], one_per_group):
+        stays_as_it_is(build(reward_funcs=silent))
+
+
+def stays_as_it_is(trainer):
     before = parameters_of(trainer)
     trainer.train()
     assert not moved(trainer, before)
@@ -338,9 +346,11 @@ def test_update_time_is_the_step_without_generation_and_rewards(build, skip):
 
 def test_all_dropped_is_said(build, caplog):
     opposite = [low_bytes, lambda completions, **kw: [-r for r in low_bytes(completions)]]
-    trainer = build(reward_funcs=opposite, max_steps=12)
+    trainer = build(reward_funcs=opposite, max_steps=50)
+    before = parameters_of(trainer)
     with caplog.at_level(logging.WARNING):
         trainer.train()
+    assert trainer.state.global_step == 50 and not moved(trainer, before)
     said = [record.message for record in caplog.records if "nothing is learned" in record.message]
     assert len(said) == 2 and "10 generation batch(es)" in said[1] and "disagree on 100%" in said[0]
 
