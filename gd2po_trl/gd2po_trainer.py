@@ -63,6 +63,7 @@ class GD2POTrainer(GRPOTrainer):
 
     reward_funcs: list[Any]
     _buffered_inputs: Any
+    _logs: Any
 
     _tag_names = ["trl", "gd2po"]
     _name = "GD2PO"

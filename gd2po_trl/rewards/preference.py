@@ -220,7 +220,8 @@ class RewardModel:
             # A sequence classifier takes the last token that is no padding for the end, so no row may end with it.
             ends = {row[-1] for row in rows if row}
             pad_token_id = next(token for token in range(len(rows) + 1) if token not in ends)
-            self._module.config.get_text_config().pad_token_id = pad_token_id
+            module: Any = self._module  # loaded, since there are rows
+            module.config.get_text_config().pad_token_id = pad_token_id
         input_ids = torch.full((len(rows), length), pad_token_id)
         attention_mask = torch.zeros_like(input_ids)
         for index, ids in enumerate(rows):
