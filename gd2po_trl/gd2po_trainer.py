@@ -20,7 +20,7 @@ from .advantages import AdvantageBreakdown, compute_advantages
 from .diagnostics import conflict_metrics
 from .gd2po_config import METHODS, GD2POConfig
 from .model_card import training_section
-from .rewards.guard import RewardError, RewardGuard
+from .rewards.guard import RewardError, RewardGuard, required_arguments
 from .row_skipping import LOSS_DENOMINATORS, loss_mask, select_rows, trained_extent, unsupported_entry
 
 
@@ -411,26 +411,11 @@ def _check_columns(what: str, dataset: Any, reward_funcs: list[Any]) -> None:
             "prompts, or map the dataset."
         )
     for func in reward_funcs:
-        for column in _required_columns(func):
+        is_function = not isinstance(func, (str, nn.Module))
+        for column in required_arguments(func, TRL_REWARD_ARGUMENTS) if is_function else []:
             if column not in columns:
                 name = getattr(func, "__name__", type(func).__name__)
                 raise ValueError(
                     f"The reward function '{name}' needs the dataset column `{column}`, which is missing in the "
                     f"{what} (columns: {', '.join(columns)}). Add it, or give the parameter a default."
                 )
-
-
-def _required_columns(reward_func: str | nn.Module | Callable) -> list[str]:
-    if isinstance(reward_func, (str, nn.Module)):
-        return []
-    try:
-        parameters = inspect.signature(reward_func).parameters.values()
-    except (TypeError, ValueError):  # some builtins have no signature
-        return []
-    return [
-        parameter.name
-        for parameter in parameters
-        if parameter.default is parameter.empty
-        and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-        and parameter.name not in TRL_REWARD_ARGUMENTS
-    ]

@@ -89,6 +89,7 @@ def resolve_rewards(rewards: dict[str, dict[str, Any]]) -> dict[str, Callable]:
         [`UsageError`]: if there is none, or one cannot be found or reads a column of the data.
     """
     from ..rewards import resolve_reward
+    from ..rewards.guard import required_arguments
 
     if not rewards:
         raise UsageError("No reward to score with; give at least one --reward.")
@@ -102,28 +103,13 @@ def resolve_rewards(rewards: dict[str, dict[str, Any]]) -> dict[str, Callable]:
             from ..rewards.preference import RewardModel
 
             reward = RewardModel(reward, label)
-        if needed := _further_arguments(reward):
+        if needed := required_arguments(reward, ("prompts", "completions", "completion_ids")):
             raise UsageError(
                 f"The reward {label!r} needs {', '.join(f'`{name}`' for name in needed)}, and this evaluation gives "
                 "rewards the prompts and completions alone; leave it out."
             )
         resolved[label] = reward
     return resolved
-
-
-def _further_arguments(reward: Callable) -> list[str]:
-    """The arguments that a reward cannot do without, beside those that [`compute_scores`] gives it."""
-    try:
-        parameters = inspect.signature(reward).parameters.values()
-    except (TypeError, ValueError):  # some builtins have no signature
-        return []
-    return [
-        parameter.name
-        for parameter in parameters
-        if parameter.default is parameter.empty
-        and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-        and parameter.name not in ("prompts", "completions", "completion_ids")
-    ]
 
 
 def compute_scores(

@@ -5,7 +5,7 @@ import functools
 import inspect
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -52,6 +52,21 @@ def _not_a_number(name: str, index: int, value: Any) -> RewardError:
         f"The reward function '{name}' returned {str(value)[:80]!r} ({type(value).__name__}) for completion {index}; "
         "a reward must be a number or None."
     )
+
+
+def required_arguments(reward_func: Callable, given: Collection[str]) -> list[str]:
+    """The arguments that `reward_func` cannot do without, beside those that are `given`: columns of the data."""
+    try:
+        parameters = inspect.signature(reward_func).parameters.values()
+    except (TypeError, ValueError):  # some builtins have no signature
+        return []
+    return [
+        parameter.name
+        for parameter in parameters
+        if parameter.default is parameter.empty
+        and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        and parameter.name not in given
+    ]
 
 
 class RewardGuard:
