@@ -5,7 +5,6 @@ import inspect
 import math
 import textwrap
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
