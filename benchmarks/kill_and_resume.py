@@ -55,7 +55,7 @@ def train(policy: Path, output: Path, steps: int, started=None) -> None:
             save_steps=2,
             save_total_limit=3,
         ),
-        train_dataset=letters_dataset(64),
+        train_dataset=letters_dataset(20),  # 5 steps an epoch, so that runs are resumed in later ones too
     )
     if started is not None:
         started.set()

@@ -19,6 +19,7 @@ from .advantages import AdvantageBreakdown, compute_advantages
 from .diagnostics import conflict_metrics
 from .gd2po_config import METHODS, GD2POConfig
 from .model_card import training_section
+from .prompt_order import PromptOrder
 from .rewards.guard import RewardError, RewardGuard, required_arguments
 from .row_skipping import LOSS_DENOMINATORS, loss_mask, select_rows, trained_extent, unsupported_entry
 
@@ -95,6 +96,7 @@ class GD2POTrainer(GRPOTrainer):
             args = GD2POConfig.from_grpo_config(args)
         _check_before_loading(inspect.signature(GRPOTrainer).bind(model, reward_funcs, args, *positional, **kwargs))
 
+        self._prompt_order = PromptOrder()
         super().__init__(model, reward_funcs, args, *positional, **kwargs)
 
         if is_plain_grpo_config:
@@ -107,6 +109,7 @@ class GD2POTrainer(GRPOTrainer):
                 "columns in the log and in the completions table. Give each a `__name__` of its own."
             )
 
+        self.add_callback(self._prompt_order)
         self._reward_guard = RewardGuard(timeout=args.reward_timeout, defer=self.accelerator.num_processes > 1)
         self.reward_funcs = [
             func if isinstance(func, nn.Module) else self._reward_guard.wrap(func, name)
@@ -244,6 +247,12 @@ class GD2POTrainer(GRPOTrainer):
         super().save_model(output_dir, _internal_call)
         if not _internal_call:
             self.create_model_card(model_name=Path(self.args.output_dir).name)
+
+    # Resuming
+
+    def _get_train_sampler(self, *args, **kwargs):
+        self._prompt_order.sampler = super()._get_train_sampler(*args, **kwargs)
+        return self._prompt_order.sampler
 
     # Rows without a gradient
 

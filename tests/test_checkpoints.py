@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import letters_dataset, low_bytes, spread_bytes, tiny_args
 
 from gd2po_trl import GD2POTrainer
@@ -93,6 +94,29 @@ def test_layout_of_fsdp_with_a_full_state_dict(run, name):
     assert find_damage(checkpoint) is None
     truncate(checkpoint / name)
     assert find_damage(checkpoint) == f"{name} is truncated"
+
+
+@pytest.mark.parametrize("step", [3, 4, 6])
+def test_prompts_come_in_the_same_order_after_resuming(tiny_policy, tmp_path, step):
+    """16 prompts, 4 a step: within the first epoch, at its end, and within the second."""
+    seen = {}
+
+    def train(folder, **kwargs):
+        def note(prompts, completions, trainer_state, **_):
+            seen.setdefault(folder, {})[trainer_state.global_step] = prompts
+            return low_bytes(completions)
+
+        sizes = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "max_steps": 10}
+        args = tiny_args(tmp_path / "run", save_strategy="steps", save_steps=step, **sizes)
+        trainer = GD2POTrainer(str(tiny_policy), [note, spread_bytes], args, train_dataset=letters_dataset(16))
+        trainer.train(**kwargs)
+        return {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+
+    expected = train("whole")
+    resumed = train("resumed", resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{step}"))
+    assert len({tuple(prompts) for prompts in seen["whole"].values()}) == 10
+    assert seen["resumed"] == {at: prompts for at, prompts in seen["whole"].items() if at >= step}
+    assert all(torch.equal(value, resumed[name]) for name, value in expected.items())
 
 
 def test_killed_runs_end_like_one_left_alone():
