@@ -4,6 +4,8 @@ import importlib.util
 import json
 import math
 import re
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -245,6 +247,13 @@ def test_is_in_the_table(name):
 
 
 # The command
+
+
+def test_a_reader_that_has_enough_is_no_error():
+    show = [sys.executable, "-m", "gd2po_trl.cli", "recipes", "show", "tool_calling/Qwen2.5-1.5B-Instruct/lora"]
+    with subprocess.Popen(show, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert "Traceback" not in process.stderr.read()
 
 
 def test_a_copy_is_the_recipe_with_its_bases(tmp_path, monkeypatch, capsys):

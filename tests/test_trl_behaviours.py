@@ -8,10 +8,13 @@ quantised policies (bitsandbytes needs a GPU).
 import inspect
 import json
 from importlib.resources import files
+from importlib.util import find_spec
 
 import pytest
 import torch
+import transformers
 from datasets import Dataset, IterableDataset
+from packaging.version import Version
 from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
 from tiny import byte_tokenizer, conversational_dataset, letters_dataset, low_bytes, spread_bytes, text_of, tiny_args
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
@@ -21,6 +24,11 @@ from gd2po_trl import GD2POTrainer, compute_advantages
 
 
 REWARDS = [low_bytes, spread_bytes]
+TRANSFORMERS = Version(transformers.__version__)
+NEEDS_TOOLS = pytest.mark.skipif(
+    TRANSFORMERS < Version("5.13") and find_spec("jmespath") is None,
+    reason="TRL's tools need the package jmespath where transformers is below 5.13",
+)
 
 
 @pytest.fixture
@@ -95,6 +103,7 @@ def test_settings_of_trl(build, overrides):
     assert train_and_compare(trainer)
 
 
+@pytest.mark.skipif(TRANSFORMERS < Version("5.8"), reason="TRL's continuous batching needs transformers 5.8")
 def test_continuous_batching(build):
     trainer = build(use_transformers_continuous_batching=True)
     try:
@@ -302,6 +311,7 @@ def add(a: int, b: int) -> int:
     return a + b
 
 
+@NEEDS_TOOLS
 def test_tools(build, tiny_policy, tool_tokenizer):
     answers = []
 
@@ -322,6 +332,7 @@ def test_tools(build, tiny_policy, tool_tokenizer):
     assert any(message["role"] == "tool" and message["content"] == "5" for message in answers[0])
 
 
+@NEEDS_TOOLS
 def test_environment_with_its_own_reward(build, tiny_policy, tool_tokenizer):
     class Counter:
         def reset(self, **kwargs):
