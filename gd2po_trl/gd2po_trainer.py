@@ -12,6 +12,9 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather, gather_object
 from torch import nn
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 from trl import GRPOConfig, GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
@@ -249,6 +252,20 @@ class GD2POTrainer(GRPOTrainer):
             self.create_model_card(model_name=Path(self.args.output_dir).name)
 
     # Resuming
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        checkpoint = resume_from_checkpoint
+        if checkpoint is True:
+            checkpoint = get_last_checkpoint(self.args.output_dir)
+        state = Path(checkpoint or "") / TRAINER_STATE_NAME
+        if checkpoint and state.is_file() and not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
+            reached = TrainerState.load_from_json(str(state))
+            if 0 < self.args.max_steps <= reached.global_step:
+                # transformers would train one step more than asked for.
+                self._load_from_checkpoint(checkpoint)
+                self.state = reached
+                return TrainOutput(reached.global_step, math.nan, {})
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _get_train_sampler(self, *args, **kwargs):
         self._prompt_order.sampler = super()._get_train_sampler(*args, **kwargs)

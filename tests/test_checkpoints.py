@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 from tiny import letters_dataset, low_bytes, spread_bytes, tiny_args
 
 from gd2po_trl import GD2POTrainer
@@ -117,6 +118,29 @@ def test_prompts_come_in_the_same_order_after_resuming(tiny_policy, tmp_path, st
     assert len({tuple(prompts) for prompts in seen["whole"].values()}) == 10
     assert seen["resumed"] == {at: prompts for at, prompts in seen["whole"].items() if at >= step}
     assert all(torch.equal(value, resumed[name]) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_a_finished_run_is_not_trained_further(tiny_policy, tmp_path, lora):
+    """Killed after its last checkpoint, and before it wrote the policy."""
+
+    def build():
+        args = tiny_args(tmp_path, save_strategy="steps", save_steps=1, lr_scheduler_type="constant")
+        return GD2POTrainer(
+            str(tiny_policy),
+            [low_bytes, spread_bytes],
+            args,
+            train_dataset=letters_dataset(),
+            peft_config=LoraConfig(r=2, target_modules="all-linear") if lora else None,
+        )
+
+    whole, again = build(), build()
+    whole.train()
+    for resume in (str(tmp_path / "checkpoint-2"), True):
+        assert again.train(resume_from_checkpoint=resume).global_step == 2
+        assert [entry["step"] for entry in again.state.log_history] == [1, 2]
+        for (name, value), other in zip(whole.model.named_parameters(), again.model.parameters(), strict=True):
+            assert torch.equal(value, other), name
 
 
 def test_killed_runs_end_like_one_left_alone():

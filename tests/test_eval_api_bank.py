@@ -328,8 +328,8 @@ class TestCommand:
         monkeypatch.setattr("rich.console.Console.print", closed)
         (data / "given.jsonl").write_text(json.dumps({"id": "Level2_0", "completion": call(RIGHT)}))
         command = ["eval", "api-bank", "--predictions", str(data / "given.jsonl"), "--data", str(data)]
-        with pytest.raises(BrokenPipeError):
-            main([*command, "--levels", "2", "--output", str(data / "run")])
+        monkeypatch.setattr("os.dup2", lambda *descriptors: None)  # which would silence the test run
+        assert main([*command, "--levels", "2", "--output", str(data / "run")]) == 141
         assert json.loads((data / "run" / "results.json").read_text())["overall"]["correct"] == 1
 
     def test_data_are_required(self, capsys):

@@ -25,6 +25,7 @@ RESULTS_FILE = "results.json"
 
 # What a Hugging Face model folder keeps its weights, tokenizer and chat template in; optimizer states are `.pt`.
 _MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
+_NOT_OF_THE_MODEL = (RUN_FILE, RESULTS_FILE, "trainer_state.json", "training_args.bin")
 _REPORTED_PACKAGES = ("gd2po-trl", "torch", "transformers", "trl", "peft", "vllm")
 
 
@@ -127,9 +128,9 @@ def fingerprint_model(name: str, config_file: str) -> str:
         if not (folder / config_file).is_file():
             raise UsageError(f"The folder {name} holds no {config_file}, so it is no model (or adapter) to evaluate.")
         digest = hashlib.sha256()
-        # What an evaluation in this folder writes is no part of the model.
+        # What an evaluation in this folder writes is no part of the model, nor is the log of its training.
         files = {file for pattern in _MODEL_FILES for file in folder.glob(pattern)}
-        for file in sorted(file for file in files if file.name not in (RUN_FILE, RESULTS_FILE)):
+        for file in sorted(file for file in files if file.name not in _NOT_OF_THE_MODEL):
             digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
             with open(file, "rb") as stream:
                 while chunk := stream.read(1 << 22):
