@@ -28,7 +28,7 @@ import trl
 from advantages import formula_of_trl, ours, seconds
 from datasets import Dataset
 from peft import LoraConfig
-from step_time import Clock, Ours, Scale, StepTimer, Stock, Stopwatch, fix_completions, run_in_turn, table
+from step_time import Clock, Ours, Scale, StepTimer, Stock, Stopwatch, fix_completions, run_in_turn, step_args, table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -39,7 +39,6 @@ from transformers import (
 )
 
 import gd2po_trl
-from gd2po_trl import GD2POConfig
 from gd2po_trl.quickstart.prepare import HELD_OUT_FILE, POLICY_FOLDER, TRAIN_FILE, prepare
 from gd2po_trl.quickstart.progress import RewardProgress
 from gd2po_trl.quickstart.report import held_out_change, series
@@ -148,23 +147,14 @@ def build(trainer_class, size: Size, device: str, folder: str):
     )
     with torch.device(device):  # the initial weights of 1.5 billion parameters take minutes on a CPU
         policy = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    args = GD2POConfig(
-        output_dir=folder,
-        use_cpu=device == "cpu",
-        bf16=device == "cuda",
+    args = step_args(
+        folder,
+        device,
         gradient_checkpointing=True,
         per_device_train_batch_size=size.micro_batch,
         gradient_accumulation_steps=size.accumulation,
         num_generations=8,
         max_completion_length=size.completion_length,
-        max_steps=1,
-        learning_rate=0.0,
-        report_to="none",
-        save_strategy="no",
-        logging_strategy="no",
-        disable_tqdm=True,
-        # The stock trainer reads this one too; it decides about its advantages, which are replaced.
-        multi_objective_aggregation="normalize_then_sum",
     )
     trainer = trainer_class(
         model=policy,

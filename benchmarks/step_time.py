@@ -148,6 +148,24 @@ def even_words(completions, **kwargs):
     return [float(sum(int(word[1:]) % 2 == 0 for word in completion.split())) for completion in completions]
 
 
+def step_args(folder: str, device: str, **settings) -> GD2POConfig:
+    """Settings of a trainer whose steps are timed: it stays as it is, and neither logs nor saves."""
+    return GD2POConfig(
+        output_dir=folder,
+        use_cpu=device == "cpu",
+        bf16=device == "cuda",
+        max_steps=1,
+        learning_rate=0.0,
+        report_to="none",
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        # The stock trainer reads this one too; it decides about its advantages, which are replaced.
+        multi_objective_aggregation="normalize_then_sum",
+        **settings,
+    )
+
+
 def build(trainer_class, scale: Scale, device: str, length: int, lora: bool, folder: str, **overrides):
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -163,23 +181,14 @@ def build(trainer_class, scale: Scale, device: str, length: int, lora: bool, fol
         eos_token_id=1,
     )
     prompts = [" ".join(f"w{2 + (row * 7 + i) % 1000}" for i in range(PROMPT_LENGTH)) for row in range(64)]
-    args = GD2POConfig(
-        output_dir=folder,
-        use_cpu=device == "cpu",
-        bf16=device == "cuda",
+    args = step_args(
+        folder,
+        device,
         gradient_checkpointing=False,
         per_device_train_batch_size=scale.rows,
         num_generations=NUM_GENERATIONS,
         max_completion_length=length,
         generation_kwargs={"min_new_tokens": length},  # every completion has full length: trimming plays no part
-        max_steps=1,
-        learning_rate=0.0,
-        report_to="none",
-        save_strategy="no",
-        logging_strategy="no",
-        disable_tqdm=True,
-        # The stock trainer reads this one too; it decides about its advantages, which are replaced.
-        multi_objective_aggregation="normalize_then_sum",
         **overrides,
     )
     trainer = trainer_class(

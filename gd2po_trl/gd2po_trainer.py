@@ -120,7 +120,7 @@ class GD2POTrainer(GRPOTrainer):
         ]
         self._captured_rewards: torch.Tensor | None = None
         self._empty_logs = copy.deepcopy(self._logs)
-        self._logs_of_mode = {"train": self._logs, "eval": self._empty_logs}
+        self._logs_of_mode = {"train": self._logs, "eval": copy.deepcopy(self._logs)}
         self._batches_without_gradient = 0
         self._skipping_off = self._reason_to_train_all_rows()
         if self._skipping_off is not None and args.skip_zero_advantage_rows:

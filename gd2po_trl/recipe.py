@@ -357,19 +357,21 @@ def _as_meant(key: str, value: Any) -> Any:
     return value
 
 
+def _accepted_types(hint: Any) -> set[Any]:
+    members = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    return {typing.get_origin(member) or member for member in members}
+
+
 def _as_written(value: Any, hint: Any) -> Any:
     """What a recipe would say for `value`, which TRL or transformers made of it."""
     if hasattr(value, "to_dict"):
         return value.to_dict()
-    members = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    accepted = {typing.get_origin(member) or member for member in members}
-    return [value] if isinstance(value, str) and accepted <= {list, type(None)} else value
+    return [value] if isinstance(value, str) and _accepted_types(hint) <= {list, type(None)} else value
 
 
 def _check_type(key: str, value: Any, hint: Any, source: str) -> None:
     """argparse converts text only; any other YAML value must already be what the field holds."""
-    members = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    accepted = {typing.get_origin(member) or member for member in members}
+    accepted = _accepted_types(hint)
     if (
         value is None
         or (isinstance(value, str) and not accepted <= {list, type(None)})

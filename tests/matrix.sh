@@ -8,7 +8,7 @@ versions=("$@")
 if [ ${#versions[@]} -eq 0 ]; then
     versions=(1.12.0 1.12.0+5.2.0 1.14.2 1.16.0 newest)
 fi
-tests=(tests/test_advantages.py tests/test_trainer.py tests/test_row_skipping.py tests/test_trl_behaviours.py tests/test_recipe.py)
+tests=(tests/test_advantages.py tests/test_trainer.py tests/test_row_skipping.py tests/test_row_selection.py tests/test_trl_behaviours.py tests/test_recipe.py)
 status=0
 summary=()
 for version in "${versions[@]}"; do
