@@ -157,6 +157,30 @@ class TestSummary:
         assert results["b"]["by_category"] == {"theft": {"rows": 2, "harmless": 2.5, "sum": 2.5}}
         assert list(results["c"]["by_category"]) == ["abuse", "theft"]
 
+    def test_published_mean_leaves_out_repeated_prompts(self):
+        rows = make_rows(4, categories=("theft",))
+        rows[3] = SafeAlignmentRow("set/3", rows[0].prompt, "set", ("abuse",))
+        rows += make_rows(1, "other")  # the same prompt in another set is another prompt
+        scores = {row.id: {"useful": value, "sum": value} for row, value in zip(rows, [9.0, 1, 2, 8, 5], strict=True)}
+        given = texts(rows, *"abcde")
+        for protocol, mean, abuse in (("all", 5.0, [8.0]), ("reference", 1.5, [])):
+            results = summarize(rows, given, scores, ["useful"], scores, protocol=protocol)
+            entry = results["datasets"]["set"]
+            assert results["protocol"] == protocol and entry["mean"] == {"useful": mean, "sum": mean}
+            assert entry["mean_all_rows"]["useful"] == 5.0 and entry["mean_reference"]["useful"] == 1.5
+            assert (entry["rows"], entry["rows_reference"]) == (4, 2)
+            assert [value["useful"] for name, value in entry["by_category"].items() if name == "abuse"] == abuse
+            assert entry["win_rate"]["sum"]["ties"] == (4 if protocol == "all" else 2)
+            assert results["datasets"]["other"]["mean"]["useful"] == 5.0
+        with pytest.raises(UsageError, match="protocol"):
+            summarize(rows, given, scores, ["useful"], protocol="strict")
+
+    def test_nothing_but_repeated_prompts(self):
+        rows = [SafeAlignmentRow(f"set/{index}", [{"role": "user", "content": "?"}], "set") for index in range(2)]
+        scores = {row.id: {"useful": 1.0, "sum": 1.0} for row in rows}
+        results = summarize(rows, texts(rows, *"ab"), scores, ["useful"], protocol="reference")
+        assert results["datasets"]["set"]["mean"] == {"useful": None, "sum": None}
+
 
 class TestRows:
     def test_plain_prompts_and_category_forms(self, tmp_path):
@@ -174,6 +198,10 @@ class TestRows:
         counts = {name: sum(row.dataset == name for row in rows) for name in ("alpaca", "hh_rlhf", "pku_saferlhf")}
         assert counts == {"alpaca": 512, "hh_rlhf": 8520, "pku_saferlhf": 8211}
         assert max(len(row.prompt) for row in rows) > 1
+        scores = {row.id: {"useful": 1.0, "sum": 1.0} for row in rows}
+        results = summarize(rows, {}, scores, ["useful"])["datasets"]
+        published = {name: entry["rows_reference"] for name, entry in results.items()}
+        assert published == {"alpaca": 512, "hh_rlhf": 8514, "pku_saferlhf": 6982}
         harmful = load_rows({"beavertails_evaluation": {"path": str(data / "beavertails")}})
         categories = [row.categories for row in harmful]
         assert len(set(categories)) == 14
@@ -217,6 +245,7 @@ class TestCommand:
         assert entry["mean"]["useful"] == pytest.approx(sum(len(ours[key]) for key in small) / 3)
         wins = sum(len(ours[key]) > len(theirs[key]) for key in small)
         assert entry["win_rate"]["useful"]["wins"] == wins
+        assert results["protocol"] == "all"
         assert "Win rate against the baseline" in capsys.readouterr().out
 
         # The same numbers again from the files alone, the other way round.
@@ -247,6 +276,21 @@ class TestCommand:
         assert results["rewards"] == {"useful": {"type": f"{__name__}.Asked", "size": 2}}
         (data / "recipe.yaml").write_text("reward_funcs: [useful]\nreward_kwargs: {useful: 3}\n")
         assert main(command) == 2
+
+    def test_protocol_reference(self, data, tiny_policy, capsys):
+        rows = [{"prompt": text} for text in ("why?", "how?", "why?", "who?")]
+        (data / "repeated.json").write_text(json.dumps(rows))
+        command = ["eval", "safe-alignment", "--model", str(tiny_policy), "--data", str(data / "repeated.json")]
+        command += ["--max-new-tokens", "4", "--output", str(data / "run"), "--reward", str(data / "recipe.yaml")]
+        for protocol in ("all", "reference"):
+            assert main([*command, "--protocol", protocol]) == 0
+            results = json.loads((data / "run" / "results.json").read_text())
+            lines = [json.loads(line) for line in (data / "run" / "scores.jsonl").read_text().splitlines()]
+            kept = lines if protocol == "all" else [lines[1], lines[3]]
+            mean = sum(line["useful"] for line in kept) / len(kept)
+            assert results["protocol"] == protocol
+            assert results["datasets"]["repeated"]["mean"]["useful"] == pytest.approx(mean)
+            assert "--protocol" in capsys.readouterr().out  # the other number is named as well
 
     def test_names_from_the_data_are_no_markup(self, data, tiny_policy, capsys):
         (data / "odd.jsonl").write_text(json.dumps({"prompt": "say", "category": "[/INST] :smile: [bold]x"}) + "\n")

@@ -1,6 +1,7 @@
 """Data sets of the helpfulness-safety task: real files, and small files in the Hub's schemas."""
 
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 
 import datasets
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trl import is_conversational
 
-from gd2po_trl.datasets import load_dataset_by_name
+from gd2po_trl.datasets import load_dataset_by_name, safe_alignment
 from gd2po_trl.datasets.safe_alignment import HARM_CATEGORIES, as_messages, shared_prompt
 from gd2po_trl.errors import UsageError
 
@@ -52,6 +53,42 @@ def test_alpaca_hub_schema(tmp_path):
     assert "2 of 4 rows kept (1 with an empty prompt, 1 duplicates)" in dataset.info.description
     with pytest.raises(UsageError, match="no column 'instruction'"):
         load_dataset_by_name("alpaca", write(tmp_path / "other.json", [{"question": "x"}]))
+
+
+def test_published_alpaca_split(tmp_path, shared_dir, monkeypatch):
+    """The Hub's copy holds all 52,002 prompts in one split; their hashes tell the published 512 test prompts apart."""
+    folder = shared_dir / "data/safe_alignment"
+    test, train = (
+        texts(load_dataset_by_name("alpaca", str(folder), split=name, drop_duplicates=False))
+        for name in ("test", "train")
+    )
+    assert (len(test), len(train)) == (512, 51490)
+    rows = [{"instruction": text.replace(" ", "  ", 1) + " ", "input": ""} for text in [*train[:300], *test]]
+    hub = write(tmp_path / "all.parquet", rows)
+    assert len(load_dataset_by_name("alpaca", hub)) == 300
+    assert len(load_dataset_by_name("alpaca", hub, drop_test_prompts=False)) == 812
+    assert len(load_dataset_by_name("alpaca", hub, "test")) == 812  # a local file of that name is what it says
+    monkeypatch.setattr(safe_alignment, "ALPACA", replace(safe_alignment.ALPACA, default_path=hub))
+    kept = load_dataset_by_name("alpaca")
+    assert len(kept) == 300 and "512 of the published test split" in kept.info.description
+    tested = load_dataset_by_name("alpaca", split="test")
+    assert [" ".join(text.split()) for text in texts(tested)] == [" ".join(text.split()) for text in test]
+    assert "300 of the training split" in tested.info.description
+    with pytest.raises(UsageError, match="cannot be sliced"):
+        load_dataset_by_name("alpaca", split="test[:5]")
+
+
+def test_prompts_that_occur_once(shared_dir, tmp_path):
+    """What the published `mean@1` averages."""
+    folder = str(shared_dir / "data/safe_alignment")
+    for name, rows in (("alpaca", 512), ("hh_rlhf", 8514), ("pku_saferlhf", 6982)):
+        assert len(load_dataset_by_name(name, folder, split="test", drop_duplicates="all")) == rows
+    path = write(tmp_path / "rows.jsonl", [{"prompt": text} for text in ("a", "b", "a", "", "")])
+    once = load_dataset_by_name("pku_saferlhf", path, drop_duplicates="all")
+    assert texts(once) == ["b"]
+    assert "1 of 5 rows kept (2 with an empty prompt, 2 duplicates)" in once.info.description
+    with pytest.raises(UsageError, match="drop_duplicates must be"):
+        load_dataset_by_name("pku_saferlhf", path, drop_duplicates="first")
 
 
 def beavertails_row(prompt: str, *categories: str) -> dict:

@@ -120,20 +120,37 @@ def test_no_correctness_signal_without_gold_call(text, answer):
 @pytest.mark.parametrize(
     "text, scores",
     [
-        # partial, refined, intermediate, coarse
-        (completion(F, G), (3, 3, 3, 3)),
-        (completion(G, F), (3, -3 + 6 * 5 / 6, 3, -3)),
-        (completion(F), (-3 + 6 * 3.5 / 6, -3 + 6 * 3 / 6, -3 + 6 * 1.5 / 3, -3)),
-        (completion(F, f()), (-3 + 6 * (1 / 3 + 3) / 6, -3 + 6 * 3 / 6, -3 + 6 * (1 / 3 + 1) / 3, -3)),
-        (completion(f(a="1", b=2, c=3), G), (-3 + 6 * (1 + 2 / 3 + 2 + 2) / 6, -3 + 6 * 5 / 6, -3 + 6 * 2 / 3, -3)),
-        (completion(f(b=2, a="0"), G), (-3 + 6 * (1 + 2 + 2) / 6, -3 + 6 * (1 + 1 + 2) / 6, -3 + 6 * 2 / 3, -3)),
-        (completion({**F, "id": 7}, G), (3, 3, -3 + 6 * 2 / 3, -3)),
-        (completion({"name": "f"}, G), (-3, -3, -3 + 6 * 2 / 3, -3)),
+        # partial, refined, intermediate, refined_intermediate, coarse
+        (completion(F, G), (3, 3, 3, 3, 3)),
+        (completion(G, F), (3, -3 + 6 * 5 / 6, 3, -3 + 6 * 2 / 3, -3)),
+        (completion(F), (-3 + 6 * 3.5 / 6, -3 + 6 * 3 / 6, -3 + 6 * 1.5 / 3, -3 + 6 * 1 / 3, -3)),
+        (completion(F, f()), (-3 + 6 * (1 / 3 + 3) / 6, -3 + 6 * 3 / 6, -3 + 6 * (1 / 3 + 1) / 3, -3 + 6 * 1 / 3, -3)),
+        (
+            completion(f(a="1", b=2, c=3), G),
+            (-3 + 6 * (1 + 2 / 3 + 2 + 2) / 6, -3 + 6 * 5 / 6, -3 + 6 * 2 / 3, -3 + 6 * 2 / 3, -3),
+        ),
+        (
+            completion(f(b=2, a="0"), G),
+            (-3 + 6 * (1 + 2 + 2) / 6, -3 + 6 * (1 + 1 + 2) / 6, -3 + 6 * 2 / 3, -3 + 6 * 2 / 3, -3),
+        ),
+        (completion({**F, "id": 7}, G), (3, 3, -3 + 6 * 2 / 3, -3 + 6 * 2 / 3, -3)),
+        (completion({"name": "f"}, G), (-3, -3, -3 + 6 * 2 / 3, -3 + 6 * 2 / 3, -3)),
     ],
 )
 def test_published_variants_of_matching(text, scores):
     for match, expected in zip(MATCHES, scores, strict=True):
         assert score(text, completion(F, G), Correctness(match=match)) == pytest.approx(expected), match
+
+
+def test_a_name_that_is_no_text_in_the_published_refined_reward():
+    """`REFINEDREWARD` compares lists of names; without it the published code fails on a list as a name."""
+    for name in ([], ["f"], {"f": 1}):
+        text = completion({"name": name, "parameters": {"a": "1", "b": 2}}, F)
+        for match in MATCHES:
+            refined = match.startswith("refined")
+            published = -3 + 6 * ((1 / 2) if match.endswith("intermediate") else (3 / 4)) if refined else -3
+            assert score(text, reward=Correctness(match=match, reference=True)) == pytest.approx(published), match
+            assert score(text, reward=Correctness(match=match)) == -3, match
 
 
 @pytest.mark.parametrize("match", MATCHES)
@@ -253,20 +270,37 @@ def test_schedules_follow_the_trainers_step():
     def at(step):
         return {"trainer_state": SimpleNamespace(global_step=step)}
 
+    # ToolRL calls the first generation batch 1; TRL's step is then 0, and 4 at the second batch of 4 optimizer steps.
     words = f"<think>{' a' * 512}</think>"
     schedule = Length(max_words=384, final_max_words=640, schedule_steps=105)
-    assert [score(words, reward=schedule, **at(step)) for step in (0, 52, 105, 500)] == [1.0, 1.0, 0.8, 0.8]
+    assert [score(words, reward=schedule, **at(step)) for step in (0, 51, 104, 500)] == [1.0, 1.0, 0.8, 0.8]
     assert score(f"<think>{' a' * 384}</think>", reward=schedule) == 1.0, "the start value without a trainer"
     half = Length(max_words=400, final_max_words=600, schedule_steps=10)
-    assert score(f"<think>{' a' * 250}</think>", reward=half, **at(5)) == 0.5
+    assert score(f"<think>{' a' * 250}</think>", reward=half, **at(4)) == 0.5
+    for batch in range(1, 106):
+        published = round(400 / ((640 - 384) * batch / 105 + 384), 2)
+        in_steps = Length(max_words=384, final_max_words=640, schedule_steps=420, steps_per_batch=4)
+        assert score(f"<think>{' a' * 400}</think>", reward=in_steps, **at(4 * (batch - 1))) == min(published, 1)
 
     step = Correctness(max_score=1, final_max_score=3, schedule_steps=30, schedule="step")
-    assert [score(GOLD, reward=step, **at(n)) for n in (0, 29, 30, 31)] == [1, 1, 3, 3]
-    assert [score("", reward=step, **at(n)) for n in (0, 30)] == [-1, -3]
+    assert [score(GOLD, reward=step, **at(n)) for n in (0, 28, 29, 30)] == [1, 1, 3, 3]
+    assert [score("", reward=step, **at(n)) for n in (0, 29)] == [-1, -3]
+    step = Correctness(max_score=1, final_max_score=3, schedule_steps=120, schedule="step", steps_per_batch=4)
+    assert [score(GOLD, reward=step, **at(n)) for n in (0, 112, 116, 120)] == [1, 1, 3, 3]
     linear = Correctness(max_score=2, final_max_score=3, schedule_steps=150)
-    assert [score(GOLD, reward=linear, **at(n)) for n in (0, 75, 150, 151)] == [2, 2.5, 3, 3]
+    assert [score(GOLD, reward=linear, **at(n)) for n in (74, 149, 150)] == [2.5, 3, 3]
+    assert score(GOLD, reward=linear, **at(0)) == pytest.approx(2 + 1 / 150)
     halved = Format(max_score=1, final_max_score=0.5, schedule_steps=30, schedule="step")
-    assert [score(GOLD, reward=halved, **at(n)) for n in (29, 30)] == [1, 0.5]
+    assert [score(GOLD, reward=halved, **at(n)) for n in (28, 29)] == [1, 0.5]
+
+
+def test_published_schedules_as_they_ran():
+    """In the released code the step never reaches the rewards: each schedule stays at its value for step 0."""
+    assert score(f"<think>{' a' * 192}</think>", reward=Length(max_words=384)) == 0.5
+    assert [score(text, reward=Correctness(max_score=2)) for text in (GOLD, "")] == [2, -2]
+    assert [score(text, reward=Format(min_score=-2, max_score=2)) for text in (GOLD, "")] == [2, -2]
+    third = Correctness(max_score=0.3333333333333333)
+    assert [score(text, reward=third) for text in (GOLD, "")] == [1 / 3, -1 / 3]
 
 
 @pytest.mark.parametrize(
@@ -288,7 +322,13 @@ def test_schedules_follow_the_trainers_step():
         (Correctness, {"max_score": math.inf}, "max_score"),
         (Correctness, {"schedule": "cosine"}, "schedule"),
         (Correctness, {"reference": "yes"}, "reference"),
+        (Correctness, {"steps_per_batch": 0}, "steps_per_batch"),
+        (Length, {"steps_per_batch": True}, "steps_per_batch"),
         (Format, {"max_score": -1}, "max_score"),
+        (Format, {"min_score": 1}, "min_score"),
+        (Format, {"min_score": -math.inf}, "min_score"),
+        (Format, {"min_score": "low"}, "min_score"),
+        (Format, {"min_score": 0.7, "final_max_score": 0.5, "schedule_steps": 3}, "min_score"),
         (Format, {"reference": 1}, "reference"),
     ],
 )

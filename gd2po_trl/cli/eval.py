@@ -20,9 +20,10 @@ scores.jsonl and results.json."""
 
 SAFE_ALIGNMENT = """\
 Greedy completions, one per prompt, and their mean under each reward and under the sum, per data set; with --baseline
-also how often the model beats the baseline, and by harm category where the data name one.
+also how often the model beats the baseline, and by harm category where the data name one. The published mean@1 leaves
+out prompts that occur more than once in their set: --protocol reference.
 
-  gd2po eval safe-alignment --model MODEL --data alpaca=alpaca_test.parquet --data beavertails_evaluation \\
+  gd2po eval safe-alignment --model MODEL --data alpaca --data beavertails_evaluation \\
     --reward 'helpful={type: reward_model, model: PKU-Alignment/beaver-7b-v1.0-reward}' \\
     --reward 'harmless={type: reward_model, model: PKU-Alignment/beaver-7b-v1.0-cost}'
 
@@ -87,6 +88,13 @@ def _parser() -> argparse.ArgumentParser:
         "--baseline", metavar="WHAT", help="predictions (file or folder) or a model to compute win rates against"
     )
     task.add_argument("--limit", type=int, metavar="N", help="first N prompts of each data set (default: all)")
+    task.add_argument(
+        "--protocol",
+        choices=("all", "reference"),
+        default="all",
+        help="reference averages, as published, the prompts that occur once in their data set, all every row; the "
+        "results hold both means (default: all)",
+    )
     task.set_defaults(run=_safe_alignment, task="safe-alignment")
     return parser
 
@@ -217,7 +225,7 @@ def _safe_alignment(arguments: argparse.Namespace) -> int:
     sets = {"model": predictions} if baseline is None else {"model": predictions, "baseline": baseline}
     by_set = safe_alignment.compute_scores(rows, sets, rewards)
     scores, baseline_scores = by_set["model"], by_set.get("baseline")
-    results = safe_alignment.summarize(rows, predictions, scores, list(rewards), baseline_scores)
+    results = safe_alignment.summarize(rows, predictions, scores, list(rewards), baseline_scores, arguments.protocol)
     lines = [{"id": row.id, **scores[row.id]} for row in rows]
     if baseline_scores is not None:
         lines = [{**line, "baseline": baseline_scores[line["id"]]} for line in lines]

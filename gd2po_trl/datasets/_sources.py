@@ -2,6 +2,7 @@
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -339,29 +340,36 @@ def convert_rows(
 
 
 def drop_rows(
-    dataset: "Dataset", report: DatasetReport, *, key_columns: Sequence[str] = ("prompt",), drop_duplicates: bool
+    dataset: "Dataset",
+    report: DatasetReport,
+    *,
+    key_columns: Sequence[str] = ("prompt",),
+    drop_duplicates: bool | str,
 ) -> "Dataset":
     """
-    Leaves out rows with an empty prompt and, if asked, all but the first of rows that agree in `key_columns`.
+    Leaves out rows with an empty prompt and, if asked, all but the first of rows that agree in `key_columns`, or with
+    `drop_duplicates="all"` the first as well.
 
     Counts them in `report`, logs it and stores it as the data set's description.
 
     Raises:
-        [`UsageError`]: No row is left.
+        [`UsageError`]: No row is left, or `drop_duplicates` is something else.
     """
+    if drop_duplicates not in (True, False, "all"):
+        raise UsageError(f"{report.name}: drop_duplicates must be true, false or 'all', got {drop_duplicates!r}")
+    keys: list[str | None] = [
+        None if is_empty(row["prompt"]) else repr(list(row.values())) for row in iterate_rows(dataset, key_columns)
+    ]
+    counts = Counter(keys)
     seen: set[str] = set()
     keep: list[int] = []
-    empty = duplicates = 0
-    for index, row in enumerate(iterate_rows(dataset, key_columns)):
-        key = repr(list(row.values()))
-        if is_empty(row["prompt"]):
-            empty += 1
-        elif drop_duplicates and key in seen:
-            duplicates += 1
-        else:
+    for index, key in enumerate(keys):
+        is_duplicate = counts[key] > 1 if drop_duplicates == "all" else drop_duplicates and key in seen
+        if key is not None and not is_duplicate:
             keep.append(index)
-        seen.add(key)
-    report.dropped |= {"with an empty prompt": empty, "duplicates": duplicates}
+            seen.add(key)
+    empty = counts.get(None, 0)
+    report.dropped |= {"with an empty prompt": empty, "duplicates": len(keys) - empty - len(keep)}
     return finish(dataset.select(keep) if len(keep) < len(dataset) else dataset, report)
 
 

@@ -5,6 +5,7 @@ Every loader reads the Hub's schema, and processed files with a conversational `
 """
 
 import difflib
+import hashlib
 import re
 import zlib
 from collections.abc import Callable, Sequence
@@ -69,31 +70,71 @@ ROLES = {"Human": "user", "Assistant": "assistant"}
 Message = dict[str, str]
 
 
-def load_alpaca(path: str | None, split: str | None, *, drop_duplicates: bool = True) -> "Dataset":
+def load_alpaca(
+    path: str | None,
+    split: str | None,
+    *,
+    drop_test_prompts: bool = True,
+    drop_duplicates: bool | str = True,
+) -> "Dataset":
     """
     Loads Alpaca's instructions as prompts; a row's input follows its instruction after a blank line.
 
+    The published runs train on 51,490 of Alpaca's 52,002 prompts and test on the other 512. The Hub holds all of them
+    in one split, so that the test prompts are told apart by their hashes: split `"train"` leaves them out, and split
+    `"test"` of the Hub's copy is these prompts.
+
     Args:
         path (`str`, *optional*): Data file, folder or Hub id, `"tatsu-lab/alpaca"` if `None`.
-        split (`str`, *optional*): Split, `"train"` if `None` (the only one on the Hub).
-        drop_duplicates (`bool`, *optional*, defaults to `True`): Whether to keep only the first row of each prompt.
+        split (`str`, *optional*): `"train"` (also if `None`) or `"test"`.
+        drop_test_prompts (`bool`, *optional*, defaults to `True`): Whether to leave out the 512 prompts that the
+            published runs test on. They stay in a split called `"test"`.
+        drop_duplicates (`bool` or `"all"`, *optional*, defaults to `True`): Whether to keep only the first row of each
+            prompt; `"all"` keeps none of a prompt that occurs more than once.
 
     Returns:
         `Dataset`: `prompt` (one user message) and all other columns.
     """
-    dataset, origin = load_rows(ALPACA, path, split)
+    if drop_test_prompts not in (True, False):
+        raise UsageError(f"{ALPACA.name}: drop_test_prompts must be true or false, got {drop_test_prompts!r}")
+    is_test = (split or "").split("[")[0] == "test"
+    selects_test = is_test and path in (None, ALPACA.default_path)
+    if selects_test and split != "test":
+        raise UsageError(f"{ALPACA.name}: split {split!r} cannot be sliced on the Hub; give 'test' and `limit`")
+    dataset, origin = load_rows(ALPACA, path, "train" if selects_test else split)
     if "prompt" in dataset.column_names:
-        return drop_rows(*_to_prompts(dataset, ALPACA, origin), drop_duplicates=drop_duplicates)
-    require_columns(
-        dataset, ["instruction"], ALPACA.name, origin, "give rows with `instruction` and `input`, or `prompt`"
-    )
+        prompts, report = _to_prompts(dataset, ALPACA, origin)
+    else:
+        require_columns(
+            dataset, ["instruction"], ALPACA.name, origin, "give rows with `instruction` and `input`, or `prompt`"
+        )
 
-    def prompt_of(row: dict[str, Any]) -> list[Message]:
-        texts = [checked_text(row.get(column), column) for column in ("instruction", "input")]
-        return _user_message("\n\n".join(text for text in texts if text and text.strip()))
+        def prompt_of(row: dict[str, Any]) -> list[Message]:
+            texts = [checked_text(row.get(column), column) for column in ("instruction", "input")]
+            return _user_message("\n\n".join(text for text in texts if text and text.strip()))
 
-    prompts = _to_prompts(dataset, ALPACA, origin, prompt_of, inputs=("instruction", "input"))
-    return drop_rows(*prompts, drop_duplicates=drop_duplicates)
+        prompts, report = _to_prompts(dataset, ALPACA, origin, prompt_of, inputs=("instruction", "input"))
+    if selects_test or (drop_test_prompts and not is_test):
+        tested = _alpaca_test_hashes()
+        is_tested = [
+            prompt_hash(row["prompt"][-1]["content"]) in tested if row["prompt"] else None
+            for row in iterate_rows(prompts, ("prompt",))
+        ]
+        keep = [index for index, value in enumerate(is_tested) if value in (None, selects_test)]
+        reason = "of the training split" if selects_test else "of the published test split"
+        report.dropped[reason] = len(prompts) - len(keep)
+        prompts = prompts.select(keep) if len(keep) < len(prompts) else prompts
+    return drop_rows(prompts, report, drop_duplicates=drop_duplicates)
+
+
+def prompt_hash(text: str) -> str:
+    """The first 10 hex digits of the SHA-256 of a prompt's words, each separated by one space."""
+    return hashlib.sha256(" ".join(text.split()).encode()).hexdigest()[:10]
+
+
+def _alpaca_test_hashes() -> frozenset[str]:
+    """[`prompt_hash`] of the 512 test prompts in `safe-alignment/dataset` of the authors' repository."""
+    return frozenset(Path(__file__).with_name("alpaca_test.txt").read_text(encoding="ascii").split())
 
 
 def load_beavertails(
@@ -102,7 +143,7 @@ def load_beavertails(
     *,
     is_safe: bool | None = None,
     categories: Sequence[str] | None = None,
-    drop_duplicates: bool = True,
+    drop_duplicates: bool | str = True,
 ) -> "Dataset":
     """
     Loads BeaverTails' prompts.
@@ -117,7 +158,8 @@ def load_beavertails(
             a safe one; `None` keeps all.
         categories (`Sequence[str]`, *optional*): Keeps rows judged harmful in at least one of these of the 14
             categories ([`HARM_CATEGORIES`]).
-        drop_duplicates (`bool`, *optional*, defaults to `True`): Whether to keep only the first row of each prompt.
+        drop_duplicates (`bool` or `"all"`, *optional*, defaults to `True`): Whether to keep only the first row of each
+            prompt; `"all"` keeps none of a prompt that occurs more than once.
 
     Returns:
         `Dataset`: `prompt` (one user message) and all other columns.
@@ -148,7 +190,7 @@ def _load_beavertails(
     split: str | None,
     is_safe: bool | None,
     categories: Sequence[str] | None,
-    drop_duplicates: bool,
+    drop_duplicates: bool | str,
 ) -> "Dataset":
     wanted = _checked_categories(source, categories)
     if is_safe not in (None, True, False):
@@ -173,15 +215,16 @@ def _load_beavertails(
     return drop_rows(prompts, report, drop_duplicates=drop_duplicates)
 
 
-def load_pku_saferlhf(path: str | None, split: str | None, *, drop_duplicates: bool = True) -> "Dataset":
+def load_pku_saferlhf(path: str | None, split: str | None, *, drop_duplicates: bool | str = True) -> "Dataset":
     """
     Loads PKU-SafeRLHF's prompts.
 
     Args:
         path (`str`, *optional*): Data file, folder or Hub id, `"PKU-Alignment/PKU-SafeRLHF"` if `None`.
         split (`str`, *optional*): `"train"` (also if `None`) or `"test"`.
-        drop_duplicates (`bool`, *optional*, defaults to `True`): Whether to keep only the first row of each prompt.
-            The published evaluation keeps all 8,211 rows of the test split.
+        drop_duplicates (`bool` or `"all"`, *optional*, defaults to `True`): Whether to keep only the first row of each
+            prompt; `"all"` keeps none of a prompt that occurs more than once.
+            The published `mean@1` is that of `"all"`: 6,982 of the test split's 8,211 rows.
 
     Returns:
         `Dataset`: `prompt` (one user message) and all other columns.
@@ -192,7 +235,7 @@ def load_pku_saferlhf(path: str | None, split: str | None, *, drop_duplicates: b
 
 
 def load_hh_rlhf(
-    path: str | None, split: str | None, *, dimension: str | None = None, drop_duplicates: bool = True
+    path: str | None, split: str | None, *, dimension: str | None = None, drop_duplicates: bool | str = True
 ) -> "Dataset":
     """
     Loads HH-RLHF's conversations up to the last user message that the chosen and the rejected transcript share.
@@ -201,7 +244,8 @@ def load_hh_rlhf(
         path (`str`, *optional*): Data file, folder or Hub id, `"Anthropic/hh-rlhf"` if `None`.
         split (`str`, *optional*): `"train"` (also if `None`) or `"test"`.
         dimension (`str`, *optional*): `"helpful"` or `"harmless"`: only this part; `None` for all.
-        drop_duplicates (`bool`, *optional*, defaults to `True`): Whether to keep only the first row of each prompt.
+        drop_duplicates (`bool` or `"all"`, *optional*, defaults to `True`): Whether to keep only the first row of each
+            prompt; `"all"` keeps none of a prompt that occurs more than once.
 
     Returns:
         `Dataset`: `prompt` (user and assistant messages in turn, user last) and all other columns but the transcripts.

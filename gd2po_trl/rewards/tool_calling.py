@@ -42,7 +42,7 @@ from ..tool_calls import (
 
 _TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<response>", "</response>")
 
-MATCHES = ("partial", "refined", "intermediate", "coarse")
+MATCHES = ("partial", "refined", "intermediate", "refined_intermediate", "coarse")
 SCHEDULES = ("linear", "step")
 
 # A gold call is compared with at most this many predicted calls of its name, so that the time stays linear in the
@@ -61,10 +61,15 @@ def _answer_required(func: Any) -> Callable:
     return func
 
 
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
 @dataclass(frozen=True, kw_only=True)
 class _ScheduledReward:
     schedule_steps: int | None = None
     schedule: str = "linear"
+    steps_per_batch: int = 1
     name: str = ""
 
     # Name of the field that the schedule changes.
@@ -76,8 +81,10 @@ class _ScheduledReward:
         if getattr(self, final) is not None:
             self._check_positive(final, getattr(self, final))
         steps = self.schedule_steps
-        if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
+        if steps is not None and not _is_count(steps):
             raise self._error("schedule_steps", steps, "must be a whole number of at least 1, or None")
+        if not _is_count(self.steps_per_batch):
+            raise self._error("steps_per_batch", self.steps_per_batch, "must be a whole number of at least 1")
         if (steps is None) != (getattr(self, final) is None):
             raise self._error("schedule_steps", steps, f"must be given together with `{final}`, or neither of them")
         self._check_choice("schedule", SCHEDULES)
@@ -107,9 +114,11 @@ class _ScheduledReward:
     def _current(self, trainer_state: Any) -> float:
         """The scheduled field's value at the trainer's step."""
         start, final = getattr(self, self._scheduled), getattr(self, f"final_{self._scheduled}")
-        if final is None or self.schedule_steps is None:
+        step = getattr(trainer_state, "global_step", None)
+        if final is None or self.schedule_steps is None or step is None:
             return start
-        progress = getattr(trainer_state, "global_step", 0) / self.schedule_steps
+        # `step` counts finished optimizer steps, so it is 0 at the first generation batch, which ToolRL calls 1.
+        progress = (step + self.steps_per_batch) / self.schedule_steps
         if self.schedule == "step":
             return final if progress >= 1 else start
         return start + (final - start) * min(progress, 1.0)
@@ -155,6 +164,7 @@ class Correctness(_ScheduledReward):
             - `"partial"`: as above.
             - `"refined"`: as above, but an overlap is 1 if the names are the same in the same order, else 0.
             - `"intermediate"`: a gold call is worth 1 and earns it if one predicted call equals it in everything.
+            - `"refined_intermediate"`: both.
             - `"coarse"`: nothing; the calls equal the gold calls in the same order, or the score is `-max_score`.
         max_score (`float`, defaults to `3.0`):
             Highest score; its negative is the lowest. 1 is ToolRL's "equal max" variant.
@@ -163,12 +173,15 @@ class Correctness(_ScheduledReward):
             schedule_steps=30, schedule="step"`, its dynamic scale `max_score=2, final_max_score=3,
             schedule_steps=150`.
         schedule_steps (`int`, *optional*):
-            Optimizer steps (`trainer_state.global_step`) until `final_max_score` is reached. ToolRL counts generation
-            batches: multiply by the optimizer steps that one generation batch is used for. Without a trainer's state,
-            as outside training, the start value applies.
+            The optimizer step, counted from 1, from which on `final_max_score` applies. ToolRL counts generation
+            batches: multiply by `steps_per_batch`. Without a trainer's state, as outside training, the start value
+            applies.
         schedule (`str`, defaults to `"linear"`):
             `"linear"` from the start to the final value, or `"step"`: the start value until `schedule_steps`. The
             final value stays in force afterwards.
+        steps_per_batch (`int`, defaults to `1`):
+            Optimizer steps for which one generation batch is used. A batch is scored as at the last of its steps, so
+            that the schedule moves as ToolRL's does, whose first batch is number 1.
         reference (`bool`, defaults to `False`):
             Whether to read the calls as the published code does, see the module's list of deviations.
         name (`str`, defaults to `"correctness"`):
@@ -213,45 +226,50 @@ class Correctness(_ScheduledReward):
         predicted = parse_calls(block)
         if predicted is None:
             return -high
-        score, best_score = _match_calls(gold.calls, predicted, self.match)
+        score, best_score = _match_calls(gold.calls, predicted, self.match, self.reference)
         return high * min(2 * score / best_score - 1, 1.0)
 
 
-def _match_calls(gold: list[dict], predicted: list[Any], match: str) -> tuple[float, float]:
+def _match_calls(gold: list[dict], predicted: list[Any], match: str, reference: bool) -> tuple[float, float]:
     """Score of the predicted values against the gold calls, and the best score there is."""
     nothing = 0.0, 1.0
     if values_equal(gold, predicted):
         return 1.0, 1.0
     if match == "coarse":
         return nothing
+    refined, whole_calls = match.startswith("refined"), match.endswith("intermediate")
+    # The published code counts names in a dictionary, except where it only asks whether the lists are the same.
+    allows_odd_names = reference and refined
 
     gold_names = [call["name"] for call in gold]
     wanted = set(gold_names)
     predicted_names = []
     candidates: dict[str, list[Any]] = defaultdict(list)
     for call in predicted:
-        if not isinstance(call, dict) or "name" not in call or isinstance(call["name"], (list, dict)):
+        if not isinstance(call, dict) or "name" not in call:
+            return nothing
+        if isinstance(call["name"], (list, dict)) and not allows_odd_names:
             return nothing
         name = call["name"]
         predicted_names.append(name)
         if isinstance(name, str) and name in wanted:
-            if match != "intermediate" and not isinstance(call.get("parameters"), dict):
+            if not whole_calls and not isinstance(call.get("parameters"), dict):
                 return nothing
             if len(candidates[name]) < MAX_CANDIDATES:
                 candidates[name].append(call)
 
-    score = _name_overlap(gold_names, predicted_names, match)
+    score = _name_overlap(gold_names, predicted_names, refined)
     best_score = 1.0
     for call in gold:
         unused = candidates[call["name"]]
-        worth = 1 if match == "intermediate" else 1 + len(call["parameters"])
+        worth = 1 if whole_calls else 1 + len(call["parameters"])
         best_score += worth
         best, best_index = 0.0, None
         for index, candidate in enumerate(unused):
-            if match == "intermediate":
+            if whole_calls:
                 value = float(values_equal(call, candidate))
             else:
-                value = _parameter_score(call["parameters"], candidate["parameters"], match)
+                value = _parameter_score(call["parameters"], candidate["parameters"], refined)
             if value > best:
                 best, best_index = value, index
                 if best == worth:
@@ -262,9 +280,9 @@ def _match_calls(gold: list[dict], predicted: list[Any], match: str) -> tuple[fl
     return score, best_score
 
 
-def _name_overlap(gold: list[str], predicted: list[Any], match: str) -> float:
-    if match == "refined":
-        return float(gold == predicted)
+def _name_overlap(gold: list[str], predicted: list[Any], refined: bool) -> float:
+    if refined:
+        return float(values_equal(gold, predicted))
     # Only gold names are counted: predicted ones may be numbers, whose hashes a text can make collide.
     gold_counts = Counter(gold)
     counts = Counter(name for name in predicted if isinstance(name, str) and name in gold_counts)
@@ -272,9 +290,9 @@ def _name_overlap(gold: list[str], predicted: list[Any], match: str) -> float:
     return both / (len(gold) + len(predicted) - both)
 
 
-def _parameter_score(gold: dict[str, Any], predicted: dict[str, Any], match: str) -> float:
+def _parameter_score(gold: dict[str, Any], predicted: dict[str, Any], refined: bool) -> float:
     shared = gold.keys() & predicted.keys()
-    if match == "refined":
+    if refined:
         overlap = float(list(gold) == list(predicted))
     elif not gold and not predicted:
         overlap = 1.0
@@ -286,7 +304,7 @@ def _parameter_score(gold: dict[str, Any], predicted: dict[str, Any], match: str
 @dataclass(frozen=True, kw_only=True)
 class Format(_ScheduledReward):
     """
-    `max_score` if the whole completion has the structure of the ground truth, else 0.
+    `max_score` if the whole completion has the structure of the ground truth, else `min_score`.
 
     The structure is `<think>…</think>`, then on a new line, as the ground truth has them, `<tool_call>` newline …
     newline `</tool_call>` and on a new line `<response>…</response>`, and nothing else. The tags that the structure
@@ -305,6 +323,10 @@ class Format(_ScheduledReward):
             As in [`Correctness`].
         schedule (`str`, defaults to `"linear"`):
             As in [`Correctness`].
+        steps_per_batch (`int`, defaults to `1`):
+            As in [`Correctness`].
+        min_score (`float`, defaults to `0.0`):
+            Score of any other structure, below `max_score`.
         reference (`bool`, defaults to `False`):
             Whether to accept what the published pattern accepts, see the module's list of deviations.
         name (`str`, defaults to `"format"`):
@@ -316,6 +338,7 @@ class Format(_ScheduledReward):
 
     max_score: float = 1.0
     final_max_score: float | None = None
+    min_score: float = 0.0
     reference: bool = False
     name: str = "format"
 
@@ -324,6 +347,10 @@ class Format(_ScheduledReward):
     def __post_init__(self):
         super().__post_init__()
         self._check_bool("reference")
+        lowest, highest = self.min_score, min(self.max_score, self.final_max_score or self.max_score)
+        number = isinstance(lowest, (int, float)) and not isinstance(lowest, bool)
+        if not number or not -sys.float_info.max <= lowest < highest:
+            raise self._error("min_score", lowest, "must be a finite number below `max_score`")
 
     @_answer_required
     def __call__(
@@ -334,9 +361,13 @@ class Format(_ScheduledReward):
         trainer_state: Any = None,
         **kwargs,
     ) -> list[float | None]:
-        high = float(self._current(trainer_state))
+        low, high = float(self.min_score), float(self._current(trainer_state))
         return [
-            None if gold is None else high * _has_structure(completion_text(completion), gold, self.reference)
+            None
+            if gold is None
+            else high
+            if _has_structure(completion_text(completion), gold, self.reference)
+            else low
             for completion, gold in zip(completions, self._golds(answer, completions), strict=True)
         ]
 
@@ -387,6 +418,8 @@ class Length(_ScheduledReward):
         schedule_steps (`int`, *optional*):
             As in [`Correctness`].
         schedule (`str`, defaults to `"linear"`):
+            As in [`Correctness`].
+        steps_per_batch (`int`, defaults to `1`):
             As in [`Correctness`].
         name (`str`, defaults to `"length"`):
             Name in the metrics.
