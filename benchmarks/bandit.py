@@ -23,6 +23,7 @@ import torch
 from bandit_report import markdown, summarise
 
 from gd2po_trl import METHODS, compute_advantages
+from gd2po_trl.advantages import subsample_at
 
 
 PROMPTS, ACTIONS, FEATURES = 64, 64, 16
@@ -53,6 +54,11 @@ class Rewards:
     binary: bool = False
     weights: tuple[float, ...] | None = None
 
+    @property
+    def is_even(self) -> bool:
+        """Whether all rewards have the same scale and noise."""
+        return len(set(self.scales)) == 1 and not isinstance(self.noise, tuple)
+
 
 @dataclass(frozen=True)
 class Estimator:
@@ -62,19 +68,57 @@ class Estimator:
     Args:
         settings (`dict`): Keyword arguments of `compute_advantages`.
         sum_first (`bool`): Sum the rewards, then normalise: GRPO.
+        equal_units (`bool`): Multiply a reward's weight by 1 / its within-group spread, measured on the first batch.
         control (`str`, *optional*): `"random"` and `"largest"` are GDPO on as many rollouts as Hard would keep, drawn
             at random or with the largest |advantage|. `"filter"` is GDPO's whitened advantages, set to 0 where
             rewards conflict. `"weighting"` is GDPO with the consensus weight but without the filter.
+        share (`float`): Which share of the rollouts is trained; 1 all that have an advantage.
+        choice (`str`): How they are chosen: `"budget"` as `update_share` does, `"uniform"` at random, each counting
+            1 / `share` times as much, `"size"` those with the largest |advantage|, `"variance"` in each group those
+            among whose sums of normalised rewards the variance is largest, normalised anew (PODS).
+        group_size (`int`, *optional*): Rollouts per prompt, where it is not the experiment's.
     """
 
     settings: dict
     sum_first: bool = False
+    equal_units: bool = False
     control: str | None = None
+    share: float = 1.0
+    choice: str = "budget"
+    group_size: int | None = None
 
     def __call__(self, rewards: torch.Tensor, draw: torch.Tensor, group_size: int, weights) -> torch.Tensor:
-        """Advantages `(B,)` of one seed from its rewards `(B, K)` and uniform random numbers `draw` `(B,)`."""
+        """
+        Advantages `(B,)` of one seed from its rewards `(B, K)`, uniform random numbers `draw` `(B,)` and the rewards'
+        weights `(K,)`.
+        """
+        if self.share < 1 and self.choice == "variance":
+            return self._largest_variance(rewards, group_size, weights)
+        advantages = self._advantages(rewards, draw, group_size, weights)
+        if self.share == 1:
+            return advantages
+        if self.choice == "budget":
+            return subsample_at(advantages, self.share, draw[0])
+        priority = draw if self.choice == "uniform" else advantages.abs()
+        chosen = priority.argsort(descending=True).argsort() < round(self.share * len(draw))
+        return torch.where(chosen, advantages, 0.0) / (self.share if self.choice == "uniform" else 1.0)
+
+    def _largest_variance(self, rewards: torch.Tensor, group_size: int, weights) -> torch.Tensor:
+        combined = compute_advantages(rewards, group_size, reward_weights=weights, **self.settings).combined
+        descending, order = combined.view(-1, group_size).sort(dim=1, descending=True)
+        size = round(self.share * group_size)
+        # The subset of the largest variance is made of the highest and the lowest: try how many of each.
+        rank = torch.arange(group_size)
+        subsets = torch.stack([(rank < high) | (rank >= group_size - size + high) for high in range(size + 1)])
+        members = torch.stack([descending[:, subset.nonzero().squeeze(1)] for subset in subsets])
+        best = subsets[members.var(2).argmax(0)]
+        chosen = torch.zeros_like(best).scatter(1, order, best)
+        values = torch.where(chosen, combined.view(-1, group_size), torch.nan).view(-1, 1)
+        return compute_advantages(values, group_size, conflict_filter=None, whitening=None).advantages
+
+    def _advantages(self, rewards: torch.Tensor, draw: torch.Tensor, group_size: int, weights) -> torch.Tensor:
         if self.sum_first:
-            total = (rewards * torch.tensor(weights)).sum(1, keepdim=True) if weights else rewards.sum(1, keepdim=True)
+            total = (rewards * weights).sum(1, keepdim=True)
             return compute_advantages(total, group_size, **self.settings).advantages
         if self.control is None:
             return compute_advantages(rewards, group_size, reward_weights=weights, **self.settings).advantages
@@ -128,6 +172,45 @@ TAUS = {
     "gd2po_hard": Estimator(preset("gd2po_hard")),
 }
 
+NO_DIVISION = preset("gdpo", scale_rewards="none")
+# What divides a reward, and a budget for the update against other ways to train fewer rollouts.
+BUDGET: dict[str, Estimator] = {
+    "grpo": Estimator(preset("grpo", whitening=None), sum_first=True),
+    "gdpo": Estimator(GDPO),
+    "gdpo, budget 1/2": Estimator(GDPO, share=0.5),
+    "gdpo, budget 1/4": Estimator(GDPO, share=0.25),
+    "no division": Estimator(NO_DIVISION),
+    "no division, equal units": Estimator(NO_DIVISION, equal_units=True),
+    "no division, equal units, budget 1/2": Estimator(NO_DIVISION, equal_units=True, share=0.5),
+    "no division, equal units, budget 1/4": Estimator(NO_DIVISION, equal_units=True, share=0.25),
+    "gd2po_hard": Estimator(preset("gd2po_hard")),
+    "gd2po_hard, budget 1/2": Estimator(preset("gd2po_hard"), share=0.5),
+    "gd2po_hard, budget 1/4": Estimator(preset("gd2po_hard"), share=0.25),
+    "gd2po_hard, no division, equal units": Estimator(preset("gd2po_hard", scale_rewards="none"), equal_units=True),
+    "gdpo, uniform 1/2": Estimator(GDPO, share=0.5, choice="uniform"),
+    "gdpo, uniform 1/4": Estimator(GDPO, share=0.25, choice="uniform"),
+    "gdpo, largest 1/2": Estimator(GDPO, share=0.5, choice="size"),
+    "gdpo, largest 1/4": Estimator(GDPO, share=0.25, choice="size"),
+    "gdpo, PODS 1/2": Estimator(GDPO, share=0.5, choice="variance"),
+    "no division, equal units, uniform 1/4": Estimator(NO_DIVISION, equal_units=True, share=0.25, choice="uniform"),
+}
+# The same number of rollouts in the update, drawn from groups of 4, 8 and 16.
+EQUAL_COST: dict[str, Estimator] = {
+    "gdpo": Estimator(GDPO),
+    **{
+        f"{name}{way}": Estimator(settings, equal_units=units, share=share, choice=choice, group_size=size)
+        for name, settings, units in (("gdpo", GDPO, False), ("no division, equal units", NO_DIVISION, True))
+        for way, share, choice, size in (
+            ("", 1.0, "budget", 4),
+            (", 8 rollouts, budget 1/2", 0.5, "budget", 8),
+            (", 16 rollouts, budget 1/4", 0.25, "budget", 16),
+            (", 8 rollouts, PODS 1/2", 0.5, "variance", 8),
+            (", 16 rollouts, PODS 1/4", 0.25, "variance", 16),
+            (", 16 rollouts, largest 1/4", 0.25, "size", 16),
+        )
+    },
+}
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -171,6 +254,22 @@ def experiments() -> list[Experiment]:
         Experiment("K = 3, SNR threshold", three, TAUS),
         Experiment("K = 5, SNR threshold", Rewards((1.0,) * 5), TAUS),
         *(Experiment(f"K = 3, group size {size}", three, cheap, group_size=size) for size in (2, 8, 16)),
+        *(
+            Experiment(f"Division and budget: {title}", rewards, BUDGET, tuned=tuned, show_each=not rewards.is_even)
+            for title, rewards, tuned in (
+                ("K = 3", three, False),
+                ("K = 3, learning rate per method", three, True),
+                ("K = 5", Rewards((1.0,) * 5), False),
+                ("K = 5, learning rate per method", Rewards((1.0,) * 5), True),
+                ("K = 3, correlation -0.3", replace(three, correlation=-0.3), False),
+                ("K = 3, no noise", replace(three, noise=0.0), False),
+                ("K = 3, noise 0 / 0 / 4", replace(three, noise=(0.0, 0.0, 4.0)), False),
+                ("K = 3, binary rewards", replace(three, binary=True), False),
+                ("K = 2, scales 3 : 0.5", Rewards((3.0, 0.5)), False),
+            )
+        ),
+        Experiment("Equal update cost: K = 3", three, EQUAL_COST),
+        Experiment("Equal update cost: K = 5", Rewards((1.0,) * 5), EQUAL_COST),
     ]
 
 
@@ -201,6 +300,12 @@ def observe(rewards: Rewards, values: torch.Tensor, noise: torch.Tensor) -> torc
     """Rewards as the estimator sees them, from values of sampled actions and standard normal `noise` like them."""
     seen = values + noise * torch.tensor(rewards.noise)
     return (seen > 0).float() * torch.tensor(rewards.scales) if rewards.binary else seen * torch.tensor(rewards.scales)
+
+
+def within_group_spread(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Root of the mean sample variance `(S, K)` of `rewards` `(S, B, K)` over the groups in which a reward varies."""
+    variance = rewards.view(len(rewards), -1, group_size, rewards.shape[2]).var(2)
+    return (variance.sum(1) / (variance > 0).sum(1).clamp(min=1)).sqrt()
 
 
 def policy_gradient(world: World, probabilities: torch.Tensor, index: torch.Tensor, advantages: torch.Tensor):
@@ -237,7 +342,9 @@ def simulate(
     generator = torch.Generator().manual_seed(seed + 1)
     theta = torch.zeros(num_seeds, FEATURES)
     update = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[optimizer]([theta], lr=learning_rate)
-    estimate: Callable = torch.func.vmap(lambda seen, draw: estimator(seen, draw, group_size, rewards.weights))
+    group_size = estimator.group_size or group_size
+    estimate: Callable = torch.func.vmap(lambda seen, draw, weights: estimator(seen, draw, group_size, weights))
+    weights = torch.tensor(rewards.weights or (1.0,) * num_rewards).expand(num_seeds, -1)
     offsets = torch.arange(PROMPTS).unsqueeze(1) * ACTIONS
     history, trained = [], []
     for step in range(steps + 1):
@@ -250,7 +357,9 @@ def simulate(
         index = (actions + offsets).view(num_seeds, -1)
         sampled = world.values.gather(1, index.unsqueeze(2).expand(-1, -1, num_rewards))
         seen = observe(rewards, sampled, torch.randn(sampled.shape, generator=generator))
-        advantages = estimate(seen, torch.rand(index.shape, generator=generator))
+        if step == 0 and estimator.equal_units:
+            weights = weights / within_group_spread(seen, group_size)
+        advantages = estimate(seen, torch.rand(index.shape, generator=generator), weights)
         trained.append((advantages != 0).float().mean(1))
         theta.grad = policy_gradient(world, probabilities, index, advantages)
         update.step()

@@ -7,7 +7,7 @@ from ._version import __version__
 
 
 if TYPE_CHECKING:
-    from .advantages import AdvantageBreakdown, compute_advantages
+    from .advantages import AdvantageBreakdown, compute_advantages, subsample_advantages
     from .gd2po_config import METHODS, GD2POConfig
     from .gd2po_trainer import GD2POTrainer
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 _EXPORTS = {
     "AdvantageBreakdown": "advantages",
     "compute_advantages": "advantages",
+    "subsample_advantages": "advantages",
     "METHODS": "gd2po_config",
     "GD2POConfig": "gd2po_config",
     "GD2POTrainer": "gd2po_trainer",
@@ -27,6 +28,7 @@ __all__ = [
     "GD2POTrainer",
     "__version__",
     "compute_advantages",
+    "subsample_advantages",
 ]
 
 

@@ -73,6 +73,13 @@ def check_snr_threshold(value: Any) -> None:
         raise ValueError(f"`snr_threshold` is {value!r}; it must be a number in [0, 1] (the published runs use 0.8).")
 
 
+def check_update_share(value: Any) -> None:
+    """Raise a `ValueError` unless `value` is a number in (0, 1]."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not 0.0 < value <= 1.0:
+        raise ValueError(f"`update_share` is {value!r}; it must be a number above 0 and at most 1 (1 trains all).")
+
+
 def compute_advantages(
     rewards: torch.Tensor,
     num_generations: int,
@@ -249,3 +256,105 @@ def _whiten(values: torch.Tensor, counts: torch.Tensor, *, shift_mean: bool) -> 
     scaled = values * torch.rsqrt(variance + VARIANCE_EPS)
     # A single occurrence has no variance to divide by.
     return torch.where((counts > 0) & (total > 1), scaled, 0.0)
+
+
+def subsample_advantages(advantages: torch.Tensor, share: float, *, generator: torch.Generator) -> torch.Tensor:
+    """
+    Draw about `share` of the rollouts of a generation batch for the update, without bias.
+
+    A rollout is drawn with a probability p proportional to the size of its advantage (at most 1) and then counts
+    1 / p times as much, so that the mean over draws is `advantages` for every rollout. All decisions come from one
+    random number (systematic sampling, Madow 1949), so that the number of rollouts drawn is within one of
+    `min(share * B, rollouts with an advantage)`.
+
+    Args:
+        advantages (`torch.Tensor` of shape `(B,)`):
+            Final advantages of the whole generation batch, finite; 0 for a rollout that cannot be trained.
+        share (`float`):
+            Share of the B rollouts to train, in (0, 1]. 1 returns the advantages as they are.
+        generator (`torch.Generator`):
+            Source of the random number: one `float64`, drawn on the generator's device.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`, dtype and device of `advantages`: `advantages / p` for the rollouts drawn,
+        exactly 0 for the others.
+
+    Raises:
+        `ValueError`: for another share (the message names `update_share`) or a wrong shape.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from gd2po_trl import subsample_advantages
+    >>> advantages = torch.tensor([2.0, -1.0, 0.5, 0.0, -0.5, 0.0, 0.0, 0.0])
+    >>> subsample_advantages(advantages, 0.25, generator=torch.Generator().manual_seed(0))
+    tensor([ 2., -2.,  0.,  0.,  0.,  0.,  0.,  0.])
+
+    ```
+    """
+    check_update_share(share)
+    if advantages.dim() != 1:
+        raise ValueError(f"`advantages` has shape {tuple(advantages.shape)}; it must be (rollouts,).")
+    uniform = torch.rand((), dtype=torch.float64, generator=generator, device=generator.device)
+    return subsample_at(advantages, share, uniform)
+
+
+def subsample_at(advantages: torch.Tensor, share: float, uniform: torch.Tensor) -> torch.Tensor:
+    """
+    [`subsample_advantages`] at a given random number.
+
+    Args:
+        advantages (`torch.Tensor` of shape `(B,)`):
+            Final advantages.
+        share (`float`):
+            Share of the B rollouts to train, in (0, 1].
+        uniform (`torch.Tensor` of shape `()`):
+            A number in [0, 1).
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`
+    """
+    # MPS has no float64, and this is a handful of numbers.
+    device = torch.device("cpu") if advantages.device.type == "mps" else advantages.device
+    values = advantages.to(device, torch.float64)
+    probability = draw_probabilities(values, share)
+    # A probability of 1 shifts the running sum by an integer, which decides nothing for the others: left out of it, it
+    # cannot be lost to rounding either.
+    certain = probability >= 1.0
+    position = torch.where(certain, 0.0, probability).cumsum(0) + uniform.to(device, torch.float64)
+    count = position.floor()
+    before = torch.cat([torch.zeros_like(count[:1]), count[:-1]])
+    # NaN stays NaN, so that it shows in the loss.
+    drawn = certain | (count > before) | values.isnan()
+    drawn_values = torch.where(drawn & (values != 0), values / probability, 0.0)
+    return drawn_values.to(advantages.device, advantages.dtype)
+
+
+def draw_probabilities(advantages: torch.Tensor, share: float) -> torch.Tensor:
+    """
+    The probability with which each rollout is drawn: `min(1, c |advantage|)`, c such that the sum is
+    `min(share * B, rollouts with an advantage)`.
+
+    Args:
+        advantages (`torch.Tensor` of shape `(B,)`, float64):
+            Final advantages.
+        share (`float`):
+            Share of the B rollouts to train, in (0, 1].
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`, float64, in [0, 1]; 0 exactly where the advantage is 0.
+    """
+    size = advantages.abs()
+    nonzero = (size > 0).sum().to(size.dtype)
+    target = torch.clamp(nonzero, max=share * len(size))
+    # How many of the largest are drawn for certain: those whose part of what the larger ones leave would exceed 1.
+    descending, order = size.sort(descending=True, stable=True)
+    remaining = descending.flip(0).cumsum(0).flip(0)
+    left = target - torch.arange(len(size), dtype=size.dtype, device=size.device)
+    is_certain = ((left * descending >= remaining) & (descending > 0)) | ((target == nonzero) & (descending > 0))
+    num_certain = is_certain.sum()
+    rest = torch.where(is_certain, 0.0, descending).sum()
+    certain = torch.zeros_like(is_certain).scatter(0, order, is_certain)
+    proportional = size / torch.where(rest == 0, 1.0, rest) * (target - num_certain)
+    return torch.where(certain, 1.0, proportional.clamp(max=1.0))

@@ -1,5 +1,6 @@
 """The bandit benchmark: its seeds do not mix, its gradient is the policy gradient, its tables say what it computed."""
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -14,14 +15,15 @@ from bandit_report import markdown, summarise, total_at
 
 
 THREE = bandit.Rewards((1.0, 1.0, 0.5), correlation=-0.2)
-EVERY_ESTIMATOR = {**bandit.ESTIMATORS, **bandit.ABLATION}
+EVERY_ESTIMATOR = {**bandit.ESTIMATORS, **bandit.ABLATION, **bandit.BUDGET}
+WEIGHTS = torch.ones(3)
 
 
 @pytest.mark.parametrize("name", EVERY_ESTIMATOR)
 def test_batch_statistics_stay_within_a_seed(name):
     generator = torch.Generator().manual_seed(0)
     rewards, draw = torch.randn(5, 16, 3, generator=generator), torch.rand(5, 16, generator=generator)
-    estimate = lambda r, d: EVERY_ESTIMATOR[name](r, d, 4, None)  # noqa: E731
+    estimate = lambda r, d: EVERY_ESTIMATOR[name](r, d, 4, WEIGHTS)  # noqa: E731
     together = torch.func.vmap(estimate)(rewards, draw)
     alone = torch.stack([estimate(r, d) for r, d in zip(rewards, draw, strict=True)])
     torch.testing.assert_close(together, alone)
@@ -31,13 +33,44 @@ def test_batch_statistics_stay_within_a_seed(name):
 def test_controls_train_the_share_that_hard_trains():
     generator = torch.Generator().manual_seed(0)
     rewards, draw = torch.randn(64, 3, generator=generator), torch.rand(64, generator=generator)
-    hard = bandit.ESTIMATORS["gd2po_hard"](rewards, draw, 4, None)
-    largest = bandit.ESTIMATORS["largest, same share"](rewards, draw, 4, None)
-    at_random = bandit.ESTIMATORS["random, same share"](rewards, draw, 4, None)
-    masked = bandit.ABLATION["gdpo + filter after whitening"](rewards, draw, 4, None)
-    plain = bandit.ESTIMATORS["gdpo"](rewards, draw, 4, None)
+    hard = bandit.ESTIMATORS["gd2po_hard"](rewards, draw, 4, WEIGHTS)
+    largest = bandit.ESTIMATORS["largest, same share"](rewards, draw, 4, WEIGHTS)
+    at_random = bandit.ESTIMATORS["random, same share"](rewards, draw, 4, WEIGHTS)
+    masked = bandit.ABLATION["gdpo + filter after whitening"](rewards, draw, 4, WEIGHTS)
+    plain = bandit.ESTIMATORS["gdpo"](rewards, draw, 4, WEIGHTS)
     assert (largest != 0).sum() == (at_random != 0).sum() == (hard != 0).sum() < 64
     assert torch.equal(masked, torch.where(hard != 0, plain, 0.0))
+
+
+@pytest.mark.parametrize("share", [0.5, 0.25])
+@pytest.mark.parametrize("choice", ["budget", "uniform", "size", "variance"])
+def test_every_choice_trains_the_share_it_is_given(choice, share):
+    generator = torch.Generator().manual_seed(0)
+    rewards, draw = torch.randn(64, 3, generator=generator), torch.rand(64, generator=generator)
+    plain = bandit.BUDGET["gdpo"](rewards, draw, 8, WEIGHTS)
+    chosen = bandit.Estimator(bandit.GDPO, share=share, choice=choice)(rewards, draw, 8, WEIGHTS)
+    assert (chosen != 0).sum() == 64 * share
+    if choice == "size":
+        assert plain[chosen == 0].abs().max() <= plain[chosen != 0].abs().min()
+    if choice == "uniform":
+        assert torch.equal(chosen[chosen != 0], plain[chosen != 0] / share)
+
+
+def test_pods_chooses_the_subset_of_largest_variance():
+    rewards = torch.randn(12, 2, generator=torch.Generator().manual_seed(0))
+    combined = bandit.compute_advantages(rewards, 6, **bandit.GDPO).combined.view(2, 6)
+    chosen = bandit.Estimator(bandit.GDPO, share=0.5, choice="variance")(rewards, torch.rand(12), 6, torch.ones(2))
+    for group, mask in zip(combined, (chosen != 0).view(2, 6), strict=True):
+        best = max(itertools.combinations(range(6), 3), key=lambda subset: group[list(subset)].var())
+        assert mask.nonzero().squeeze(1).tolist() == list(best)
+
+
+def test_equal_units_undo_the_scale_of_a_reward():
+    settings = {"num_seeds": 2, "seed": 0, "learning_rate": 0.3, "steps": 5}
+    estimator = bandit.BUDGET["no division, equal units"]
+    even, _ = bandit.simulate(bandit.Rewards((1.0, 1.0)), estimator, **settings)
+    scaled, _ = bandit.simulate(bandit.Rewards((4.0, 0.25)), estimator, **settings)
+    torch.testing.assert_close(even, scaled, rtol=1e-3, atol=1e-4)
 
 
 def test_gradient_is_that_of_autograd():
