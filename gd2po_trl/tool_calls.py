@@ -13,6 +13,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from .rewards.conversation import written_texts
+
 
 # JSON nested deeper than this counts as no JSON. A fixed limit, far below Python's own, keeps a score from depending
 # on how deep in the call stack it is computed.
@@ -89,22 +91,11 @@ def values_equal(first: Any, second: Any) -> bool:
 
 def completion_text(completion: Any) -> str:
     """
-    The text of a completion as TRL hands it to a reward function: a string, or a list of messages, of which the last
-    one by the assistant counts (the content may be a string or a list of `{"type": "text", "text": …}` parts).
-    Anything else is the empty string. White space around the text is stripped.
+    The answer in a completion as TRL hands it to a reward function: the last of the texts that the policy wrote (see
+    [`~rewards.conversation.written_texts`]), without white space around it. Empty if there is none.
     """
-    if isinstance(completion, str):
-        return completion.strip()
-    if not isinstance(completion, (list, tuple)):
-        return ""
-    for message in reversed(completion):
-        if isinstance(message, dict) and message.get("role", "assistant") == "assistant":
-            content = message.get("content")
-            if isinstance(content, (list, tuple)):
-                texts = [part.get("text") for part in content if isinstance(part, dict)]
-                content = "".join(text for text in texts if isinstance(text, str))
-            return content.strip() if isinstance(content, str) else ""
-    return ""
+    texts = written_texts(completion)
+    return texts[-1].strip() if texts else ""
 
 
 def think_text(text: str) -> str | None:

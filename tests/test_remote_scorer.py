@@ -6,10 +6,12 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from score_heads import letter_tokenizer, save_qwen2_score_head
-from tiny import byte_tokenizer
+from tiny import byte_tokenizer, tiny_config
+from transformers import LlamaForSequenceClassification
 
 from gd2po_trl.errors import UsageError
 from gd2po_trl.rewards import resolve_reward
@@ -280,6 +282,10 @@ def test_environment_proxies_are_not_used(server, monkeypatch):
         ({"sign": 0}, "sign=0"),
         ({"higher_is": "nice"}, "higher_is='nice'"),
         ({"tokenizer": "/nowhere/at/all"}, "tokenizer"),
+        ({"headers": {"X": 5}}, "no request can be made"),
+        ({"extra_body": {"x": object()}}, "no request can be made"),
+        ({"url": "http://127.0.0.1:99999999"}, "must look like"),
+        ({"url": "http://[/"}, "must look like"),
     ],
 )
 def test_wrong_options_are_named(options, message):
@@ -287,9 +293,9 @@ def test_wrong_options_are_named(options, message):
         RemoteScorer(**{"url": "http://127.0.0.1:1", "template": "{prompt}{response}", **options})
 
 
-def redirect(url):
+def redirect(url, status=302):
     def behaviour(handler, body):
-        handler.send_response(302)
+        handler.send_response(status)
         handler.send_header("Location", url)
         handler.send_header("Content-Length", "0")
         handler.end_headers()
@@ -307,6 +313,66 @@ def test_a_redirection_to_another_server_is_refused(server):
     finally:
         other.http.shutdown()
         other.http.server_close()
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+@pytest.mark.parametrize("absolute", [True, False])
+def test_a_redirection_within_the_server_is_followed_with_the_same_request(server, status, absolute):
+    location = f"{server.url}/v2/classify" if absolute else "v2/classify"
+    server.behaviours = [redirect(location, status), classify]
+    assert scorer(server, headers={"Authorization": "Bearer x"})(["a"], ["b"]) == [3.0]
+    first, second = server.requests
+    assert (first[0], second[0]) == ("/classify", "/v2/classify")
+    assert first[2] == second[2] == {"input": ["a|b"], "use_activation": False}
+    assert second[1]["Authorization"] == "Bearer x"
+
+
+@pytest.mark.parametrize("location", ["/classify", "", "http://127.0.0.1:99999999/", "http://[/"])
+def test_redirections_that_lead_nowhere_are_one_error(server, location):
+    server.behaviours = [redirect(location, 307)]
+    with pytest.raises(RewardError, match="redirects"):
+        scorer(server, name="safety")(["a"], ["b"])
+    assert len(server.requests) <= 6
+
+
+def test_the_server_says_when_to_come_back(server, monkeypatch):
+    pauses = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+
+    def wait(seconds):
+        def behaviour(handler, body):
+            handler.send_response(429)
+            handler.send_header("Retry-After", seconds)
+            handler.send_header("Content-Length", "0")
+            handler.end_headers()
+
+        return behaviour
+
+    server.behaviours = [wait("7"), wait("86400"), classify]
+    assert scorer(server, backoff=0.5)(["a"], ["1"]) == [3.0]
+    assert pauses == [7, 120]
+
+
+@pytest.mark.parametrize("padding", ["end", "other", None])
+def test_a_server_that_scores_the_last_token_agrees_with_the_model(server, tmp_path, padding):
+    """As vLLM pools; the model itself skips what its config calls padding, also at the end of a conversation."""
+    torch.manual_seed(1)
+    tokenizer = byte_tokenizer()
+    pad_token_id = {"end": tokenizer.eos_token_id, "other": 0, None: None}[padding]
+    config = tiny_config(num_labels=1, initializer_range=0.5, pad_token_id=pad_token_id)
+    model = LlamaForSequenceClassification(config).eval()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+
+    def last_token(handler, body):
+        with torch.no_grad():
+            scores = [model.score(model.model(torch.tensor([ids]))[0])[0, -1].item() for ids in body["input"]]
+        send(handler, {"data": [{"index": index, "probs": [score]} for index, score in enumerate(scores)]})
+
+    server.behaviours = [last_token]
+    remote = RemoteScorer(server.url, tokenizer=str(tmp_path), timeout=5.0)
+    texts = ["Hi.", "How are you?"], ["Hello.", ""]
+    assert remote(*texts) == pytest.approx(RewardModel(str(tmp_path), dtype="float32")(*texts), abs=1e-5)
 
 
 def test_tokenizer_without_chat_template(tmp_path):

@@ -1,10 +1,18 @@
 """Sequence classifiers as rewards: which models a label may name, and where a padded row ends."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from score_heads import letter_tokenizer, save_llama_score_head
 from tiny import CHAT_TEMPLATE, byte_tokenizer, tiny_config
-from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertForSequenceClassification,
+    GPT2ForSequenceClassification,
+    LlamaForSequenceClassification,
+)
 
 from gd2po_trl.errors import UsageError
 from gd2po_trl.rewards import resolve_reward
@@ -24,6 +32,22 @@ def save_classifier(folder, end: str = "<|end|>", **config):
 
 def test_a_classifier_may_be_a_label(tiny_reward_model):
     assert resolve_reward("helpful", {"type": str(tiny_reward_model)}) == str(tiny_reward_model)
+
+
+@pytest.mark.parametrize(("config_pad", "tokenizer_pad"), [(0, "<|end|>"), (None, None), (1, "<pad>")])
+def test_a_label_that_trl_would_read_at_another_token_is_a_warning(config_pad, tokenizer_pad, tmp_path, recwarn):
+    config = tiny_config(num_labels=1, pad_token_id=config_pad)
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path)
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    assert resolve_reward("x", {"type": str(tmp_path)}) == str(tmp_path)
+    assert [str(one.message) for one in recwarn if "reward_model" in str(one.message)] == (
+        [] if config_pad != 1 else [str(recwarn[-1].message)]
+    )
+    tokenizer.pad_token = tokenizer_pad
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=r"type: reward_model") if config_pad != 1 else nullcontext():
+        resolve_reward("x", {"type": str(tmp_path)})
 
 
 @pytest.mark.parametrize("model", ["causal", "score_head", "two_labels"])
@@ -59,15 +83,58 @@ def test_a_folder_in_the_home_directory(tiny_reward_model, monkeypatch):
     assert resolve_reward("x", {"type": f"~/{tiny_reward_model.name}"}) == str(tiny_reward_model)
 
 
-@pytest.mark.parametrize("end", ["<|end|>", "<pad>"])
-@pytest.mark.parametrize("pad_token_id", [None, 1])
-def test_without_a_padding_token_every_text_is_scored_as_alone(end, pad_token_id, tmp_path):
-    """Ends with id 1 or 0, which must not be taken for padding unless the model itself does."""
-    folder = save_classifier(tmp_path / "model", end, pad_token_id=pad_token_id)
-    reward = RewardModel(str(folder), dtype="float32", device="cpu", batch_size=3)
+SPECIAL = {"own": "<pad>", "eos": "<|end|>", "none": None}
+
+
+@pytest.mark.parametrize("end", ["<|end|>", "<pad>", "<|end|><|end|>", "<|end|>.", ""])
+@pytest.mark.parametrize("tokenizer_pad", SPECIAL)
+@pytest.mark.parametrize("config_pad", [*SPECIAL, "minus one"])
+def test_padding_changes_no_score(config_pad, tokenizer_pad, end, tmp_path):
+    """Whatever config and tokenizer call padding and the template ends with: the score of plain use, row by row."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("<|end|>", end)
+    ids = {name: token and tokenizer.convert_tokens_to_ids(token) for name, token in SPECIAL.items()}
+    torch.manual_seed(3)
+    config = tiny_config(num_labels=1, initializer_range=0.5, pad_token_id={**ids, "minus one": -1}[config_pad])
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path)
+    tokenizer.pad_token = SPECIAL[tokenizer_pad]
+    tokenizer.save_pretrained(tmp_path)
+
+    reward = RewardModel(str(tmp_path), dtype="float32", device="cpu", batch_size=3)
     prompts, completions = ["hello"] * 5, ["one", "", "a much longer answer", "b", "cd"]
-    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    with torch.no_grad():
-        alone = [model(torch.tensor([ids])).logits.item() for ids in reward.encoder(prompts, completions)]
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    alone = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        chat = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+        text = tokenizer.apply_chat_template(chat, tokenize=False)
+        with torch.no_grad():
+            alone.append(model(**tokenizer(text, add_special_tokens=False, return_tensors="pt")).logits.item())
     assert reward(prompts, completions) == pytest.approx(alone, abs=1e-4)
     assert reward(prompts[:1], completions[:1]) == pytest.approx(alone[:1], abs=1e-4)
+
+
+@pytest.mark.parametrize("model_class", [GPT2ForSequenceClassification, BertForSequenceClassification])
+@pytest.mark.parametrize("config_pad", [0, 1, None])
+def test_padding_changes_no_score_of_other_architectures(model_class, config_pad, tmp_path):
+    torch.manual_seed(3)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = model_class.config_class(
+        vocab_size=261,
+        num_labels=1,
+        pad_token_id=config_pad,
+        initializer_range=0.5,
+        bos_token_id=0,
+        eos_token_id=1,
+        **sizes,
+    )
+    model = model_class(config).eval()
+    model.save_pretrained(tmp_path)
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    reward = RewardModel(str(tmp_path), dtype="float32", device="cpu", template="{prompt} {response}<|end|>")
+    completions = ["one", "", "a much longer answer"]
+    with torch.no_grad():
+        ids = [tokenizer(f"hello {text}<|end|>", return_tensors="pt") for text in completions]
+        alone = [model(input_ids=one["input_ids"]).logits.item() for one in ids]
+    assert reward(["hello"] * 3, completions) == pytest.approx(alone, abs=1e-4)

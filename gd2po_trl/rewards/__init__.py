@@ -5,6 +5,7 @@ import functools
 import inspect
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -78,6 +79,7 @@ def resolve_reward(label: str, kwargs: dict[str, Any] | None = None) -> Callable
 
 def _checked_classifier(model: str, label: str) -> str:
     """`model`, once its config says that TRL would find a trained head in it. Else TRL gives it a random one."""
+    from .preference import trl_scores_another_token
     from .score_model import is_classifier, read_config
 
     try:
@@ -88,6 +90,13 @@ def _checked_classifier(model: str, label: str) -> str:
         raise UsageError(
             f"The reward '{label}' is {model}, which is no sequence classifier but {config.architectures}: TRL would "
             f"give it a random head. A model with a score head is `{{type: reward_model, model: {model}}}`."
+        )
+    if trl_scores_another_token(model, config):
+        warnings.warn(
+            f"The reward '{label}' ({model}) is loaded by TRL, which takes the last token of its chat template for "
+            "padding and scores the one before, unlike plain use of the checkpoint. As the checkpoint does it: "
+            f"`{{type: reward_model, model: {model}}}`.",
+            stacklevel=2,
         )
     return model
 

@@ -1,4 +1,4 @@
-"""A prompt and a completion as the token ids that a reward model was trained to read."""
+"""What the policy wrote, and a prompt and a completion as the token ids that a reward model was trained to read."""
 
 import re
 from collections.abc import Sequence
@@ -53,11 +53,11 @@ def render(prompt: str | Messages, completion: str | Messages, template: str, eo
     """
     One conversation in the `"beaver"` template or in a text with `{prompt}` and `{response}`.
 
-    In a text, an earlier turn of a multi-turn prompt becomes a line `Role: content`. The end-of-sequence token
-    after the response is not part of the result.
+    In a text, an earlier turn of a multi-turn prompt becomes a line `Role: content`. The response is what the policy
+    wrote, see [`written_text`]. The end-of-sequence token after the response is not part of the result.
     """
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    response = completion if isinstance(completion, str) else "\n".join(map(text_of, completion))
+    response = written_text(completion)
     if template == "beaver":
         return "BEGINNING OF CONVERSATION: " + _beaver_turns(turns, eos_token) + response
     if len(turns) == 1:
@@ -73,8 +73,40 @@ def text_of(message: dict[str, Any]) -> str:
     """A message's text; of a list of parts, the text parts. A message without content is empty."""
     content = message.get("content")
     if isinstance(content, (list, tuple)):
-        return "".join(str(part.get("text") or "") if isinstance(part, dict) else str(part) for part in content)
-    return "" if content is None else str(content)
+        texts = [part.get("text") if isinstance(part, dict) else part for part in content]
+        return "".join(text for text in texts if isinstance(text, str))
+    if isinstance(content, str):
+        return content
+    return str(content) if isinstance(content, (int, float)) else ""
+
+
+def written_texts(completion: Any) -> list[str]:
+    """
+    The texts that the policy wrote in a completion as TRL hands it to a reward function.
+
+    Args:
+        completion (`str` or `list[dict]`):
+            A text, or messages. Those of other roles than the assistant's are left out: what a tool or an environment
+            said is not the policy's. So are structured `tool_calls`, which are no text. Never raises: anything else
+            counts as no text.
+
+    Returns:
+        `list[str]`: One per assistant message, or the text itself.
+    """
+    if isinstance(completion, str):
+        return [completion]
+    if not isinstance(completion, (list, tuple)):
+        return []
+    return [
+        text_of(message)
+        for message in completion
+        if isinstance(message, dict) and message.get("role", "assistant") == "assistant"
+    ]
+
+
+def written_text(completion: Any) -> str:
+    """All that the policy wrote in `completion` as one text: see [`written_texts`]; a line break between messages."""
+    return "\n".join(filter(None, written_texts(completion)))
 
 
 def _beaver_turns(turns: Messages, eos_token: str) -> str:
@@ -110,9 +142,19 @@ class ConversationEncoder:
             Which end of a longer conversation is cut off: `"left"` drops the oldest tokens after the
             beginning-of-sequence token and keeps the end, where the score is read; `"right"` drops the end of the
             response.
+        skipped_end (`int`, *optional*):
+            Token id that the model takes for padding where it ends a conversation: the last other token is the one
+            that it scores. Such ends are left out, so that a server which scores the last token agrees.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", template: str, max_length: int, truncation_side: str):
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        template: str,
+        max_length: int,
+        truncation_side: str,
+        skipped_end: int | None = None,
+    ):
         if max_length < 2:
             raise UsageError(f"max_length={max_length} must be at least 2.")
         if truncation_side not in TRUNCATION_SIDES:
@@ -121,6 +163,7 @@ class ConversationEncoder:
         self.template = template
         self.max_length = max_length
         self.truncation_side = truncation_side
+        self.skipped_end = skipped_end
         self.num_truncated = 0
         specials = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         longest_first = sorted({*specials, *tokenizer.all_special_tokens}, key=len, reverse=True)
@@ -130,7 +173,7 @@ class ConversationEncoder:
         """Token ids per conversation, not padded, at most `max_length` each; counts cut ones in `num_truncated`."""
         if not prompts:
             return []
-        completions = [self._defuse(completion) for completion in completions]
+        completions = [self._defuse(written_text(completion)) for completion in completions]
         if self.template == "chat":
             conversations = [
                 _as_messages(prompt, "user") + _as_messages(completion, "assistant")
@@ -146,7 +189,7 @@ class ConversationEncoder:
             if self.template == "beaver" and eos:
                 end = self.tokenizer.eos_token_id
                 encoded = [ids if ids and ids[-1] == end else [*ids, end] for ids in encoded]
-        return [self._truncate(ids) for ids in encoded]
+        return [self._without_skipped_end(self._truncate(ids)) for ids in encoded]
 
     def _truncate(self, ids: list[int]) -> list[int]:
         if len(ids) <= self.max_length:
@@ -159,10 +202,14 @@ class ConversationEncoder:
             return [ids[0], *ids[len(ids) - self.max_length + 1 :]]
         return ids[-self.max_length :]
 
-    def _defuse(self, completion: str | Messages) -> str | Messages:
-        if isinstance(completion, str):
-            return completion if self._specials is None else self._specials.sub(_broken_up, completion)
-        return [{**message, "content": self._defuse(text_of(message))} for message in completion]
+    def _without_skipped_end(self, ids: list[int]) -> list[int]:
+        end = len(ids)
+        while end > 1 and ids[end - 1] == self.skipped_end:
+            end -= 1
+        return ids[:end]
+
+    def _defuse(self, completion: str) -> str:
+        return completion if self._specials is None else self._specials.sub(_broken_up, completion)
 
 
 def _broken_up(match: re.Match) -> str:

@@ -16,7 +16,7 @@ from ..errors import UsageError
 from .conversation import ConversationEncoder, Messages, resolve_template
 from .direction import check_direction, is_safe_rlhf, published_direction, resolve_direction
 from .guard import RewardError
-from .score_model import is_classifier, load_scoring_module, on_device, read_config
+from .score_model import load_scoring_module, on_device, padding_token, read_config, scores_last_token
 
 
 logger = logging.get_logger(__name__)
@@ -126,11 +126,16 @@ class RewardModel:
         template = resolve_template(
             template, tokenizer, self.model, default="beaver" if is_safe_rlhf(self.config) else "chat"
         )
-        self.encoder = ConversationEncoder(tokenizer, template, min(max_length, longest), truncation_side)
-        own = getattr(self.config.get_text_config(), "pad_token_id", None)
-        # The -1 of old LLaMA configs means none, too.
-        own = None if own == -1 else own
-        self.pad_token_id = own if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        # A sequence classifier finds the last token of a row by the padding token of its config, which the tokenizer's
+        # need not be; where that is the end of the conversation, it scores the token before.
+        self.pad_token_id = padding_token(self.config)
+        self.encoder = ConversationEncoder(
+            tokenizer,
+            template,
+            min(max_length, longest),
+            truncation_side,
+            skipped_end=self.pad_token_id if scores_last_token(self.config) else None,
+        )
         self._module: PreTrainedModel | None = None
 
     def load(self) -> "RewardModel":
@@ -138,9 +143,6 @@ class RewardModel:
         if self._module is not None:
             return self
         target = self._target_device()
-        if is_classifier(self.config):
-            # Sequence classifiers find the last token of a padded row by this id.
-            self.config.get_text_config().pad_token_id = self.pad_token_id
         self._module = load_scoring_module(
             self.model,
             self.config,
@@ -217,7 +219,7 @@ class RewardModel:
         length = max(map(len, rows))
         pad_token_id = self.pad_token_id
         if pad_token_id is None:
-            # A sequence classifier takes the last token that is no padding for the end, so no row may end with it.
+            # None is set, so that any will do with which no row ends: such a row is scored at its last token.
             ends = {row[-1] for row in rows if row}
             pad_token_id = next(token for token in range(len(rows) + 1) if token not in ends)
             module: Any = self._module  # loaded, since there are rows
@@ -244,6 +246,20 @@ def read_tokenizer(model: str, revision: str | None = None) -> Any:
         return AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=False)
     except Exception as error:  # `tokenizers` raises a bare one for a damaged file
         raise UsageError(f"the tokenizer of reward model {model!r} cannot be read: {error}") from error
+
+
+def trl_scores_another_token(model: str, config: Any) -> bool:
+    """
+    Whether TRL, which sets a classifier's padding token to its tokenizer's, or else to the end of sequence, makes it
+    score another token at the end of a conversation than the checkpoint by itself does.
+    """
+    tokenizer = read_tokenizer(model)
+    if tokenizer.chat_template is None or not scores_last_token(config):
+        return False
+    chat = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
+    last = tokenizer(tokenizer.apply_chat_template(chat, tokenize=False), add_special_tokens=False)["input_ids"][-1]
+    trl_pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return (last == trl_pad) != (last == padding_token(config))
 
 
 def finite_or(scores: Sequence[float | None], sign: int, nan: str, who: str) -> list[float | None]:

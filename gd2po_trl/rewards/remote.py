@@ -1,40 +1,48 @@
 """A reward model that another process or machine serves over HTTP."""
 
-import http.client
 import json
+import os
 import time
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Iterator, Sequence
 from typing import Any
+
+import requests
+import urllib3
+from transformers import AutoConfig
 
 from ..errors import UsageError
 from .conversation import ConversationEncoder, Messages, render, resolve_template
 from .direction import check_direction, resolve_direction
 from .guard import RewardError
 from .preference import NON_FINITE, finite_or, read_tokenizer
+from .score_model import padding_token, scores_last_token
 
 
 # Answers are a few numbers per text; more than this is no answer of a reward model.
 _MAX_ANSWER_BYTES = 64 * 2**20
+_MAX_REDIRECTS = 5
+_REDIRECTIONS = (301, 302, 303, 307, 308)
 _RETRIED_STATUS = (408, 425, 429, 500, 502, 503, 504)
 
 
+class _Retry(urllib3.Retry):
+    """Waits before the first further attempt already, and as long as the server asks, but not for ever."""
+
+    def get_backoff_time(self) -> float:
+        return min(self.backoff_factor * 2 ** (len(self.history) - 1), self.backoff_max)
+
+    def get_retry_after(self, response: Any) -> float | None:
+        asked = super().get_retry_after(response)
+        return None if asked is None else min(asked, self.backoff_max)
+
+
 class _TransientError(Exception):
-    """A failure that another attempt may not meet."""
+    """A failure that another attempt may not meet, and the answer that says so, if there was one."""
 
-
-class _SameServer(urllib.request.HTTPRedirectHandler):
-    """Refuses to follow a server to another one, which would get the headers and whatever token they hold."""
-
-    def redirect_request(self, req, fp, code, msg, headers, newurl):
-        if urllib.parse.urlsplit(newurl)[:2] != urllib.parse.urlsplit(req.full_url)[:2]:
-            raise RewardError(
-                f"remote reward model: {req.full_url} redirects to another server, {newurl}. If you trust it, set url "
-                "to it."
-            )
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
+    def __init__(self, reason: object, answer: Any = None):
+        super().__init__(reason)
+        self.answer = answer
 
 
 class RemoteScorer:
@@ -48,7 +56,8 @@ class RemoteScorer:
     `score_head.weight` renamed to `score.weight`, the backbone's `...ForSequenceClassification` as architecture, and
     one label.
 
-    The environment's proxy settings are not used, and a redirection to another server is an error.
+    The environment's proxy settings are not used. A redirection within the server is followed with the same request;
+    one to another server, which would get the headers and whatever token they hold, is an error.
 
     Args:
         url (`str`):
@@ -60,7 +69,8 @@ class RemoteScorer:
         tokenizer (`str`, *optional*):
             Folder or Hub id of the reward model's tokenizer. With it, token ids are sent, templated and truncated
             exactly as [`RewardModel`] does it; without it, texts, which the server tokenises (old versions of vLLM
-            take only these).
+            take only these). The config beside it, if there is one, says which padding tokens at the end of a
+            conversation a classifier does not score; the server would.
         template (`str`, *optional*, defaults to `"chat"`):
             `"chat"` (needs `tokenizer`), `"beaver"`, or a text with `{prompt}` and `{response}`.
         max_length (`int`, *optional*, defaults to `2048`):
@@ -77,9 +87,10 @@ class RemoteScorer:
         timeout (`float`, *optional*, defaults to `120.0`):
             Seconds to wait for the answer to one request.
         retries (`int`, *optional*, defaults to `3`):
-            Further attempts after a failed connection, a timeout, or status 408, 425, 429 or 5xx.
+            Further attempts after a failed connection, a timeout, or status 408, 425, 429, 500, 502, 503 or 504.
         backoff (`float`, *optional*, defaults to `1.0`):
-            Seconds before the first further attempt; doubled before each next one.
+            Seconds before the first further attempt; doubled before each next one, to at most 120. A server's
+            `Retry-After` goes first.
         headers (`dict[str, str]`, *optional*):
             Further request headers.
         extra_body (`dict[str, Any]`, *optional*):
@@ -113,8 +124,12 @@ class RemoteScorer:
         extra_body: dict[str, Any] | None = None,
         nan: str = "error",
     ):
-        parts = urllib.parse.urlsplit(str(url))
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urllib.parse.urlsplit(str(url))
+            is_url = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:
+            is_url = False
+        if not is_url:
             raise UsageError(f"url={url!r} of a remote reward model must look like http://host:port/classify.")
         self.url = parts._replace(path="/classify").geturl() if parts.path in ("", "/") else parts.geturl()
         self.__name__ = name or parts.netloc
@@ -131,6 +146,13 @@ class RemoteScorer:
         self.headers = {"Content-Type": "application/json", "Accept": "application/json", **(headers or {})}
         self.extra_body = {"use_activation": False} if extra_body is None else dict(extra_body)
         self.nan = nan
+        try:
+            requests.Request("POST", self.url, self.headers, json=self.extra_body).prepare()
+        except (requests.RequestException, ValueError, TypeError) as error:
+            raise UsageError(
+                f"remote reward model {self.url}: no request can be made with these url, headers and extra_body: "
+                f"{error}"
+            ) from error
         loaded = read_tokenizer(tokenizer) if tokenizer is not None else None
         if loaded is None and template == "chat":
             raise UsageError(
@@ -138,9 +160,13 @@ class RemoteScorer:
                 "reward model's tokenizer. Or set template to a text with {prompt} and {response}."
             )
         self.template = resolve_template(template, loaded, self.url)
-        self.encoder = loaded and ConversationEncoder(loaded, self.template, max_length, truncation_side)
-        # No proxies: whether training can reach its reward model must not hang on the environment.
-        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _SameServer)
+        self.encoder = loaded and ConversationEncoder(
+            loaded, self.template, max_length, truncation_side, skipped_end=_skipped_end(tokenizer)
+        )
+        self._session = requests.Session()
+        # No proxies and no .netrc: whether training can reach its reward model must not hang on the environment.
+        self._session.trust_env = False
+        self._session.verify = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("SSL_CERT_FILE") or True
 
     def load(self) -> "RemoteScorer":
         """Asks the server once, so that a dead one or an inverted reward is found before training starts."""
@@ -183,47 +209,80 @@ class RemoteScorer:
 
     def _ask(self, inputs: list) -> list[float | None]:
         body = {**({"model": self.model} if self.model else {}), "input": inputs, **self.extra_body}
-        request = urllib.request.Request(self.url, json.dumps(body).encode(), self.headers, method="POST")
-        for attempt in range(self.retries + 1):
-            if attempt:
-                time.sleep(self.backoff * 2 ** (attempt - 1))
+        retry = _Retry(self.retries, backoff_factor=self.backoff, allowed_methods=None)
+        while True:
             try:
-                return list(self._scores(self._post(request), len(inputs)))
+                return list(self._scores(self._post(json.dumps(body).encode()), len(inputs)))
             except _TransientError as error:
-                failure = error
-        raise RewardError(
-            f"remote reward model '{self.__name__}' gave no answer in {self.retries + 1} attempts: {failure}. Is "
-            f"{self.url} up? If it is only slow, raise timeout or lower batch_size."
-        ) from failure
+                try:
+                    retry = retry.increment("POST", self.url, response=error.answer)
+                except urllib3.exceptions.MaxRetryError:
+                    raise RewardError(
+                        f"remote reward model '{self.__name__}' gave no answer in {self.retries + 1} attempts: "
+                        f"{error}. Is {self.url} up? If it is only slow, raise timeout or lower batch_size."
+                    ) from error
+                retry.sleep(error.answer)
 
-    def _post(self, request: urllib.request.Request) -> bytes:
+    def _post(self, body: bytes) -> bytes:
         deadline = time.monotonic() + self.timeout
-        answer = bytearray()
+        url = self.url
         try:
-            with self._opener.open(request, timeout=self.timeout) as response:
-                # The socket's timeout starts anew with every byte, so a server that drips is cut off here.
-                while chunk := response.read1(2**16):
-                    answer += chunk
-                    if time.monotonic() > deadline:
-                        raise TimeoutError
-                    if len(answer) > _MAX_ANSWER_BYTES:
-                        raise RewardError(
-                            f"remote reward model '{self.__name__}': the answer of {self.url} does not end."
-                        )
-                if response.length:
-                    raise ConnectionError("the connection broke off within the answer")
-        except urllib.error.HTTPError as error:
-            reason = error.read(500).decode(errors="replace").strip()
-            if error.code in _RETRIED_STATUS:
-                raise _TransientError(f"status {error.code}: {reason}") from error
-            raise RewardError(
-                f"remote reward model '{self.__name__}': {self.url} refused the request with status {error.code}: "
-                f"{reason}"
-            ) from error
-        except (OSError, http.client.HTTPException) as error:
-            timed_out = isinstance(getattr(error, "reason", error), TimeoutError)
+            for _ in range(_MAX_REDIRECTS + 1):
+                with self._session.post(
+                    url, data=body, headers=self.headers, timeout=self.timeout, allow_redirects=False, stream=True
+                ) as response:
+                    if response.status_code in _REDIRECTIONS:
+                        url = self._redirected(url, response.headers.get("Location", ""))
+                        continue
+                    answer = self._read(response.raw, deadline)
+                    self._check_status(response, answer)
+                    return answer
+        # Of `urllib3` too, since the answer is read from its response.
+        except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
+            timed_out = isinstance(error, (requests.Timeout, urllib3.exceptions.TimeoutError, TimeoutError))
             raise _TransientError(f"no answer within {self.timeout:g} seconds" if timed_out else error) from error
+        except ValueError as error:  # requests looks at the target of a redirection
+            raise RewardError(
+                f"remote reward model '{self.__name__}': {url} redirects to what is no URL ({error})."
+            ) from error
+        raise RewardError(
+            f"remote reward model '{self.__name__}': {self.url} redirects more than {_MAX_REDIRECTS} times."
+        )
+
+    def _redirected(self, url: str, location: str) -> str:
+        try:
+            target = urllib.parse.urljoin(url, location)
+            is_same = _server(target) == _server(url)
+        except ValueError:  # no URL, or a port that cannot be
+            target, is_same = location, False
+        if not is_same:
+            raise RewardError(
+                f"remote reward model '{self.__name__}': {url} redirects to another server, {target}. If you trust "
+                "it, set url to it."
+            )
+        return target
+
+    def _read(self, raw: Any, deadline: float) -> bytes:
+        answer = bytearray()
+        # The socket's timeout starts anew with every byte, so a server that drips is cut off here.
+        while chunk := raw.read1(2**16, decode_content=True):
+            answer += chunk
+            if time.monotonic() > deadline:
+                raise TimeoutError
+            if len(answer) > _MAX_ANSWER_BYTES:
+                raise RewardError(f"remote reward model '{self.__name__}': the answer of {self.url} does not end.")
         return bytes(answer)
+
+    def _check_status(self, response: requests.Response, answer: bytes) -> None:
+        if response.status_code < 300:
+            return
+        reason = answer[:500].decode(errors="replace").strip()
+        if response.status_code in _RETRIED_STATUS:
+            raise _TransientError(f"status {response.status_code}: {reason}", response.raw)
+        raise RewardError(
+            f"remote reward model '{self.__name__}': {self.url} refused the request with status "
+            f"{response.status_code}: {reason}"
+        )
 
     def _scores(self, answer: bytes, expected: int) -> Iterator[float]:
         try:
@@ -240,6 +299,19 @@ class RemoteScorer:
                 f"remote reward model '{self.__name__}': the answer of {self.url} is not that of a reward model "
                 f"({error!r}): {answer[:200]!r}"
             ) from error
+
+
+def _server(url: str) -> tuple[str, str | None, int | None]:
+    parts = urllib.parse.urlsplit(url)
+    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+
+
+def _skipped_end(model: str | None) -> int | None:
+    try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    except (OSError, ValueError, KeyError):
+        return None  # a folder with a tokenizer alone
+    return padding_token(config) if scores_last_token(config) else None
 
 
 def _one_number(value: Any) -> float:

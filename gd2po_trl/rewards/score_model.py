@@ -8,11 +8,14 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from torch import nn
 from torch.func import functional_call
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from ..errors import UsageError
 
@@ -115,6 +118,22 @@ def read_config(model: str, revision: str | None = None) -> PreTrainedConfig:
 def is_classifier(config: PreTrainedConfig) -> bool:
     """Whether the checkpoint is an `AutoModelForSequenceClassification`; all others are read as score heads."""
     return any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
+
+
+def scores_last_token(config: PreTrainedConfig) -> bool:
+    """Whether a checkpoint is a classifier that scores the last token which is not its config's padding token."""
+    name = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.get(config.model_type, "")
+    model_class = getattr(transformers, name, None) if isinstance(name, str) else None
+    reads_last = model_class is not None and issubclass(model_class, GenericForSequenceClassification)
+    return is_classifier(config) and reads_last
+
+
+def padding_token(config: PreTrainedConfig) -> int | None:
+    """The id that the model itself takes for padding; `None` if its config has none, or one that no token has."""
+    text_config = config.get_text_config()
+    token = getattr(text_config, "pad_token_id", None)
+    is_token = token is not None and 0 <= token < getattr(text_config, "vocab_size", token + 1)
+    return token if is_token else None
 
 
 def load_scoring_module(

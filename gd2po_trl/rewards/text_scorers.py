@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
+from .conversation import written_text
 
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ class TextScorer:
         Returns:
             `list[float]`: One score per completion; 0 for one without a known term.
         """
-        return self.score([_text(completion) for completion in completions])
+        return self.score([written_text(completion) for completion in completions])
 
     def score(self, texts: Sequence[str]) -> list[float]:
         """The score per text."""
@@ -209,10 +210,3 @@ def _save_weights(path: Path, weights: dict[str, "np.ndarray"]) -> None:
     from safetensors.numpy import save_file
 
     save_file({name: np.ascontiguousarray(values, dtype=np.float64) for name, values in weights.items()}, path)
-
-
-def _text(completion: Any) -> str:
-    # No import from the modules of the reward models, which load torch.
-    if isinstance(completion, str):
-        return completion
-    return "\n".join(str(message.get("content") or "") for message in completion)
