@@ -19,10 +19,11 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
 from .advantages import AdvantageBreakdown, compute_advantages
+from .completions_table import fill_missing_columns, make_writable
 from .diagnostics import conflict_metrics
 from .gd2po_config import METHODS, GD2POConfig
 from .model_card import training_section
-from .preflight import check_before_loading
+from .preflight import check_before_loading, check_progress, check_reward_names, check_trainable
 from .prompt_order import PromptOrder
 from .rewards.guard import RewardError, RewardGuard
 from .row_skipping import LOSS_DENOMINATORS, loss_mask, select_rows, trained_extent, unsupported_entry
@@ -97,6 +98,8 @@ class GD2POTrainer(GRPOTrainer):
 
         self._prompt_order = PromptOrder()
         super().__init__(model, reward_funcs, args, *positional, **kwargs)
+        check_trainable(self.model)
+        check_reward_names(self.reward_func_names)
 
         if is_plain_grpo_config:
             logger.info(f"A plain GRPOConfig was given: GD²PO runs with its defaults, {METHODS['gd2po_hard']}.")
@@ -133,6 +136,7 @@ class GD2POTrainer(GRPOTrainer):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         if self._reward_guard.defer:
             self._reward_guard.raise_failures(gather_object)
+        fill_missing_columns(self._pending_extra_logs, self._logs["extra"], len(prompts))
         infinite = torch.isinf(rewards).sum(0).tolist()  # identical on every process, so all raise or none
         if any(infinite):
             culprits = [name for name, count in zip(self.reward_func_names, infinite, strict=True) if count]
@@ -216,6 +220,7 @@ class GD2POTrainer(GRPOTrainer):
 
     def log(self, *args, **kwargs):
         self._use_table_of_mode()
+        make_writable(self._logs)
         super().log(*args, **kwargs)
 
     def _warn_if_nothing_is_learned(self, has_gradient: bool, conflict_ratio: float) -> None:
@@ -261,7 +266,9 @@ class GD2POTrainer(GRPOTrainer):
                 self._load_from_checkpoint(checkpoint)
                 self.state = reached
                 return TrainOutput(reached.global_step, math.nan, {})
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        check_progress(self.state.global_step)
+        return output
 
     def _get_train_sampler(self, *args, **kwargs):
         self._prompt_order.sampler = super()._get_train_sampler(*args, **kwargs)

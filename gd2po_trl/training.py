@@ -132,9 +132,12 @@ def one_clear_error() -> Iterator[None]:
 
 def train_and_save(trainer: "Trainer", recipe: Recipe, checkpoint: str | None) -> None:
     """Write the resolved recipe, train, from `checkpoint` on if there is one, and write the policy and its log."""
+    from .preflight import check_progress
+
     if trainer.is_world_process_zero():
         write_resolved_recipe(recipe)
     trainer.train(resume_from_checkpoint=checkpoint)
+    check_progress(trainer.state.global_step)
     trainer.save_state()
     trainer.save_model(recipe.training.output_dir)
     if recipe.training.push_to_hub:

@@ -3,16 +3,20 @@
 import asyncio
 import functools
 import inspect
+import signal
 import threading
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Coroutine, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from ..completions_table import is_table_column
+
 
 class RewardError(RuntimeError):
-    """A reward function raised, hung, or returned something that is not one number or `None` per completion."""
+    """A reward function raised, left, hung, or returned something that is not one number or `None` per completion."""
 
 
 def check_rewards(values: Any, expected: int, name: str) -> list[float | None]:
@@ -54,19 +58,39 @@ def _not_a_number(name: str, index: int, value: Any) -> RewardError:
     )
 
 
+def name_of(reward_func: Any) -> str:
+    """The name under which a reward function is logged."""
+    while isinstance(reward_func, functools.partial):
+        reward_func = reward_func.func
+    return getattr(reward_func, "__name__", type(reward_func).__name__)
+
+
 def required_arguments(reward_func: Callable, given: Collection[str]) -> list[str]:
     """The arguments that `reward_func` cannot do without, beside those that are `given`: columns of the data."""
-    try:
-        parameters = inspect.signature(reward_func).parameters.values()
-    except (TypeError, ValueError):  # some builtins have no signature
-        return []
     return [
         parameter.name
-        for parameter in parameters
+        for parameter in _parameters(reward_func)
         if parameter.default is parameter.empty
         and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
         and parameter.name not in given
     ]
+
+
+def refused_arguments(reward_func: Callable, given: Collection[str]) -> list[str]:
+    """Those of the arguments `given` that `reward_func` has no parameter for."""
+    parameters = _parameters(reward_func)
+    if not parameters or any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return []
+    by_name = {parameter.name for parameter in parameters if parameter.kind is not parameter.POSITIONAL_ONLY}
+    return [name for name in given if name not in by_name]
+
+
+def _parameters(reward_func: Callable) -> list[inspect.Parameter]:
+    try:
+        # Of the function itself: a decorator may add or drop arguments before the function that it wraps is called.
+        return list(inspect.signature(reward_func, follow_wrapped=False).parameters.values())
+    except (TypeError, ValueError):  # some builtins have no signature
+        return []
 
 
 class RewardGuard:
@@ -75,6 +99,9 @@ class RewardGuard:
 
     On several processes a failing function would leave the other processes waiting in a collective. There the failure
     is kept, the function's rewards become NaN, and [`~RewardGuard.raise_failures`] ends all processes together.
+
+    Whatever a function lets out counts as its failure, also what Python means for the program's end (`SystemExit` of a
+    script that it runs, `KeyboardInterrupt`, `CancelledError`); a Ctrl-C of the user's interrupts as ever.
 
     Args:
         timeout (`float` or `None`):
@@ -87,6 +114,7 @@ class RewardGuard:
         self.timeout = timeout
         self.defer = defer
         self._failures: list[str] = []
+        self._names: set[str] = set()
 
     def wrap(self, reward_func: Callable, name: str) -> Callable:
         """`reward_func`, sync or async, under guard; TRL calls it with keyword arguments and `prompts` among them."""
@@ -94,22 +122,20 @@ class RewardGuard:
         while isinstance(unwrapped, functools.partial):
             unwrapped = unwrapped.func
         is_async = inspect.iscoroutinefunction(unwrapped) or inspect.iscoroutinefunction(unwrapped.__call__)
+        self._names.add(name)
 
         async def awaited(*, prompts: list, **kwargs: Any) -> list[float | None]:
             try:
-                call = asyncio.ensure_future(reward_func(prompts=prompts, **kwargs))
-                done, _ = await asyncio.wait([call], timeout=self.timeout)
-                if not done:
-                    call.cancel()
-                    raise _TimeIsUp
-                return check_rewards(call.result(), len(prompts), name)
+                call = self._bound(reward_func, name, prompts=prompts, **kwargs)
+                return check_rewards(await self._result_of(call, "environments" in kwargs), len(prompts), name)
             except Exception as error:
                 return self._fail(self._describe(error, name), len(prompts), error)
 
         def called(*, prompts: list, **kwargs: Any) -> list[float | None]:
             try:
-                call = functools.partial(reward_func, prompts=prompts, **kwargs)
-                values = call() if self.timeout is None else _call_with_timeout(call, self.timeout)
+                call = self._bound(reward_func, name, prompts=prompts, **kwargs)
+                with _leaving_caught():
+                    values = call() if self.timeout is None else _call_with_timeout(call, self.timeout)
                 return check_rewards(values, len(prompts), name)
             except Exception as error:
                 return self._fail(self._describe(error, name), len(prompts), error)
@@ -126,6 +152,38 @@ class RewardGuard:
         if failures:
             raise RewardError("\n".join(failures))
 
+    def _bound(self, reward_func: Callable, name: str, **arguments: Any) -> Callable[[], Any]:
+        """The call of `reward_func` with `arguments`, which it must be able to take."""
+        if refused := refused_arguments(reward_func, arguments):
+            raise RewardError(takes_no_kwargs(name, refused))
+        if missing := required_arguments(reward_func, arguments):
+            raise RewardError(
+                f"The reward function '{name}' needs {', '.join(f'`{column}`' for column in missing)}, which the data "
+                f"does not have (it was given: {', '.join(arguments)}). Add the column, or give the parameter a "
+                "default."
+            )
+        if "log_extra" in arguments:
+            count = len(arguments["prompts"])
+            arguments["log_extra"] = _checked_log_extra(arguments["log_extra"], name, count, self._names)
+        if "log_metric" in arguments:
+            arguments["log_metric"] = _checked_log_metric(arguments["log_metric"], name)
+        return functools.partial(reward_func, **arguments)
+
+    async def _result_of(self, call: Callable[[], Coroutine], stays_here: bool) -> Any:
+        coroutine = _left_as_error(call)
+        if stays_here:
+            # What an environment's tools have opened belongs to the loop that they ran in.
+            task: asyncio.Future = asyncio.ensure_future(coroutine)
+        else:
+            task = asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, _own_loop()))
+        done, _ = await asyncio.wait([task], timeout=self.timeout)
+        if not done:
+            task.cancel()
+            raise _TimeIsUp
+        if task.cancelled():
+            raise _Left(asyncio.CancelledError())
+        return task.result()
+
     def _describe(self, error: Exception, name: str) -> str:
         if isinstance(error, RewardError):
             return str(error)
@@ -134,20 +192,170 @@ class RewardGuard:
                 f"The reward function '{name}' did not return within reward_timeout={self.timeout} seconds. Make it "
                 "faster, or raise `reward_timeout`."
             )
-        return (
-            f"The reward function '{name}' raised {type(error).__name__}: {error}. A reward function must return None "
-            "for a completion that it cannot score."
-        )
+        if isinstance(error, _Left):
+            kind, text = type(error.reason).__name__, str(error.reason)
+            hint = " by `exit()`, perhaps in code that it executes" if isinstance(error.reason, SystemExit) else ""
+            return (
+                f"The reward function '{name}' raised {kind}{f': {text}' if text else ''}{hint}, which would have "
+                f"ended the run. Catch {kind} in the function and return None, or run foreign code in its own process."
+            )
+        remedy = "A reward function must return None for a completion that it cannot score."
+        if isinstance(error, TypeError):
+            remedy = "It must take every argument that it is given by name, and return None where it cannot score."
+        return f"The reward function '{name}' raised {type(error).__name__}: {error}. {remedy}"
 
     def _fail(self, message: str, num_completions: int, error: Exception) -> list[float | None]:
+        cause = error.reason if isinstance(error, _Left) else error
         if not self.defer:
-            raise RewardError(message) from error
-        self._failures.append(f"{message}\n{''.join(traceback.format_exception(error))}")
+            raise RewardError(message) from cause
+        self._failures.append(f"{message}\n{''.join(traceback.format_exception(cause))}")
         return [None] * num_completions
 
 
 class _TimeIsUp(Exception):
     """Ours, to tell it from a `TimeoutError` of the reward function's own."""
+
+
+class _Left(Exception):
+    """A reward function let out what is no `Exception`: `SystemExit`, `KeyboardInterrupt`, `CancelledError`, ..."""
+
+    def __init__(self, reason: BaseException):
+        super().__init__(reason)
+        self.reason = reason
+
+
+def takes_no_kwargs(name: str, refused: Collection[str]) -> str:
+    """What to say of a reward function that has no parameter for some of its arguments."""
+    return (
+        f"The reward function '{name}' cannot take {', '.join(refused)}, which every reward function is given by "
+        f"name. Let it take the arguments that it does not use: `def {name}(prompts, completions, **kwargs)`."
+    )
+
+
+def _checked_log_extra(log_extra: Callable, name: str, count: int, reward_names: Collection[str]) -> Callable:
+    """TRL's `log_extra`, which takes anything, and whose table then cannot be written."""
+
+    def checked(column: str, values: Any) -> None:
+        taken = not isinstance(column, str) or is_table_column(column) or column in reward_names
+        if taken:
+            raise RewardError(
+                f"The reward function '{name}' logs a column {column!r} with `log_extra`, a name that the completions "
+                "table has already; take another."
+            )
+        try:
+            if isinstance(values, (str, bytes)):
+                raise TypeError
+            values = list(values.tolist() if hasattr(values, "tolist") else values)
+        except TypeError:
+            raise RewardError(
+                f"The reward function '{name}' gives `log_extra` {type(values).__name__} for the column {column!r}; "
+                "it takes a list with one value per completion."
+            ) from None
+        if len(values) != count:
+            raise RewardError(
+                f"The reward function '{name}' gives `log_extra` {len(values)} values of the column {column!r} for "
+                f"{count} completions; it takes one per completion, None where there is none."
+            )
+        log_extra(column, values)
+
+    return checked
+
+
+def _checked_log_metric(log_metric: Callable, name: str) -> Callable:
+    """TRL's `log_metric`, which takes anything, and then cannot average it."""
+
+    def checked(metric: str, value: Any) -> None:
+        try:
+            if isinstance(value, (str, bytes)) or not isinstance(metric, str):
+                raise TypeError
+            value = float(value)
+        except (TypeError, ValueError, OverflowError, RuntimeError):
+            raise RewardError(
+                f"The reward function '{name}' gives `log_metric` {str(value)[:80]!r} ({type(value).__name__}) for "
+                f"{metric!r}; it takes a name and one number."
+            ) from None
+        log_metric(metric, value)
+
+    return checked
+
+
+@contextmanager
+def _leaving_caught() -> Iterator[None]:
+    """
+    Turn what is no `Exception` into [`_Left`], but let a Ctrl-C of the user's through, also one that was swallowed.
+
+    A Ctrl-C differs from a `raise KeyboardInterrupt` in the signal before it, and only the main thread gets signals.
+    """
+    pressed: list[BaseException] = []
+    before: Any = None
+    if threading.current_thread() is threading.main_thread():
+        before = signal.getsignal(signal.SIGINT)
+
+    def handle(signal_number: int, frame: Any) -> None:
+        try:
+            before(signal_number, frame)
+        except BaseException as error:
+            pressed.append(error)
+            raise
+
+    watches = callable(before)
+    if watches:
+        signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    except Exception:
+        if not pressed:
+            raise
+    except BaseException as error:
+        if not pressed:
+            raise _Left(error) from error
+    finally:
+        if watches and signal.getsignal(signal.SIGINT) is handle:
+            signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise pressed[0]
+
+
+async def _left_as_error(call: Callable[[], Coroutine]) -> Any:
+    """Await `call()`; what is no `Exception` would end the event loop, and whoever waits for it would wait forever."""
+    try:
+        return await call()
+    except Exception:
+        raise
+    except BaseException as error:
+        task = asyncio.current_task()
+        if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+            raise  # from outside, as where the time is up
+        raise _Left(error) from error
+
+
+_loop: asyncio.AbstractEventLoop | None = None
+_loop_lock = threading.Lock()
+
+
+def _own_loop() -> asyncio.AbstractEventLoop:
+    """
+    The event loop of all async reward functions, in a thread of its own.
+
+    Apart from the trainer's, so that a function that blocks its loop runs into `reward_timeout`, and one that leaves
+    by way of a task of its own (`asyncio.gather` over scripts, of which one calls `exit()`) does not end it.
+    """
+    global _loop
+    with _loop_lock:
+        if _loop is None or _loop.is_closed():
+            _loop = asyncio.new_event_loop()
+            threading.Thread(target=_run_forever, args=(_loop,), name="rewards", daemon=True).start()
+        return _loop
+
+
+def _run_forever(loop: asyncio.AbstractEventLoop) -> None:
+    asyncio.set_event_loop(loop)
+    while True:
+        try:
+            loop.run_forever()
+            return
+        except BaseException:  # a task left; who awaits it is told, once the loop goes on
+            continue
 
 
 def _call_with_timeout(call: Callable[[], Any], timeout: float) -> Any:
@@ -160,7 +368,7 @@ def _call_with_timeout(call: Callable[[], Any], timeout: float) -> Any:
             if device is not None:
                 torch.cuda.set_device(device)
             outcome["value"] = call()
-        except Exception as error:
+        except BaseException as error:
             outcome["error"] = error
 
     # A daemon, since Python cannot end a thread and a hanging one must not keep the process alive.

@@ -40,7 +40,7 @@ class ScriptedRollouts:
 
 def fails_on_rank_1(completions, **kwargs):
     if RANK == 1:
-        raise ZeroDivisionError("on one rank")
+        raise SystemExit(0)  # as of a script that a code reward executes
     return low_bytes(completions)
 
 
