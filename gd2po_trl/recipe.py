@@ -6,20 +6,29 @@ and `base`, the recipe or recipes that it builds upon. YAML is loaded safely; th
 can run code is the dotted path of a reward function.
 """
 
-import difflib
-import json
+import argparse
 import os
 import sys
-import types
 import typing
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from .errors import UsageError
+from .recipe_files import merge_layers, read_recipe_file
+from .recipe_keys import suggestion
+from .recipe_values import (
+    NULL_MEANS,
+    NULL_WORDS,
+    accepted_types,
+    as_mapping,
+    as_meant,
+    check_ranges,
+    check_value,
+    refuse_remote_code,
+    without_secrets,
+)
 
 
 @dataclass
@@ -90,8 +99,8 @@ class RecipeArguments(DatasetArguments):
         super().__post_init__()
         self.eval_dataset_kwargs = _loader_kwargs("eval_dataset", self.eval_dataset_kwargs)
         self.reward_kwargs = {
-            label: _as_mapping(f"reward_kwargs.{label}", kwargs)
-            for label, kwargs in _as_mapping("reward_kwargs", self.reward_kwargs).items()
+            label: as_mapping(f"reward_kwargs.{label}", kwargs)
+            for label, kwargs in as_mapping("reward_kwargs", self.reward_kwargs).items()
         }
         if self.long_prompts not in ("drop", "truncate_left"):
             raise UsageError(f"`long_prompts` is {self.long_prompts!r}; it must be 'drop' or 'truncate_left'.")
@@ -177,103 +186,61 @@ def parse_recipe(
     Raises:
         [`UsageError`]: as [`load_recipe`].
     """
+    source = f"recipe '{path}'"
     settings = read_recipe_file(Path(path)) if path is not None else {}
     parser = _parser(kinds, command)
+    hints = {name: hint for kind in kinds for name, hint in typing.get_type_hints(kind).items()}
+    defaults = {item.name: item.default for kind in kinds for item in fields(kind)}
     keys = {action.dest for action in parser._actions} - {"help"}
-    source = f"recipe '{path}'"
     for key in settings:
         if key not in keys:
-            raise UsageError(f"Unknown key `{key}` in {source}.{_suggestion(key, keys, command)}")
-
-    _refuse_remote_code(settings, source)
-
-    given = [_option_name(word) for word in overrides if word.startswith("--")]
-    for name in given:
-        if name not in keys and name.removeprefix("no_") not in keys:
-            raise UsageError(f"Unknown option --{name}.{_suggestion(name, keys, command)}")
-    method = settings.get("method")
-    if "method" in given:
-        # The command line asks for another method: what the recipe says about the old one must not survive.
-        method = _last_value(overrides, "method")
-        for name in _method_preset(method):
-            settings.pop(name, None)
-    if method is not None:
-        settings = {**_method_preset(method), **settings, "method": method}
-    settings = {key: _as_meant(key, value) for key, value in settings.items()}
-    hints = {name: hint for kind in parser.dataclass_types for name, hint in typing.get_type_hints(kind).items()}
+            raise UsageError(f"Unknown key `{key}` in {source}.{suggestion(key, keys, command)}")
+    refuse_remote_code(settings, source)
+    settings = merge_layers(settings, _options(list(overrides), kinds, command))
+    if settings.get("method") is not None:
+        settings = {**_method_preset(settings["method"]), **settings}
+    settings = {key: as_meant(key, value, defaults[key]) for key, value in settings.items()}
     for key, value in settings.items():
-        _check_type(key, value, hints[key], source)
+        check_value(key, value, hints[key], defaults[key], source)
     parser.set_defaults_with_config(**settings)
+    values = vars(parser.parse_args([]))
+    check_ranges({key: values[key] for key in settings})
     try:
-        parsed = parser.parse_args_into_dataclasses(args=list(overrides), look_for_args_file=False)
+        parsed = parser.parse_args_into_dataclasses(args=[], look_for_args_file=False)
     except UsageError:
         raise
-    except (ValueError, TypeError, ImportError) as error:
-        raise UsageError(str(error)) from error
+    except (ValueError, TypeError, ImportError, ArithmeticError, RuntimeError, OSError) as error:
+        raise UsageError(" ".join(str(error).split())) from error
     if parsed[-1].model_name_or_path is None:
         raise UsageError("`model_name_or_path` is missing: name the policy's folder or Hub id.")
     parsed[-1].model_name_or_path = os.path.expanduser(parsed[-1].model_name_or_path)
     values = {key: value for part in reversed(parsed) for key, value in vars(part).items()}
-    was_set = [key for key in sorted(keys) if key in settings or key in given or f"no_{key}" in given]
-    return parsed, without_secrets({key: _as_written(values[key], hints[key]) for key in was_set})
+    return parsed, without_secrets({key: _as_written(values[key], hints[key]) for key in sorted(settings)})
 
 
-def read_recipe_file(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """
-    The keys of a recipe merged over those of its bases; mappings merge key by key, everything else is replaced.
-
-    Raises:
-        [`UsageError`]: if a file is missing, is not a YAML mapping, holds a key twice, or is its own base.
-    """
-    resolved = path.resolve()
-    if resolved in _seen:
-        raise UsageError(f"Recipe '{path}' is its own base.")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        hint = " `gd2po recipes list` shows the recipes that come with the package." if not _seen else ""
-        raise UsageError(f"Cannot read recipe '{path}': {error.strerror}.{hint}") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"Recipe '{path}' is not UTF-8 text.") from error
-    try:
-        content = yaml.load(text, Loader=_UniqueKeyLoader)
-    except (yaml.YAMLError, ValueError) as error:  # the latter for a date that no calendar has
-        raise UsageError(f"Recipe '{path}' is not valid YAML: {' '.join(str(error).split())}") from error
-    except RecursionError as error:
-        raise UsageError(f"Recipe '{path}' is nested too deeply.") from error
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise UsageError(f"Recipe '{path}' must be a mapping of keys to values.")
-    if "env" in content:
-        raise UsageError(f"Recipe '{path}' has the key `env`; recipes do not set environment variables.")
-
-    bases = content.pop("base", None) or []
-    bases = [bases] if isinstance(bases, str) else bases
-    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
-        raise UsageError(f"`base` in recipe '{path}' must name one or several YAML files.")
-    merged: dict[str, Any] = {}
-    for base in bases:
-        merged = _merge(merged, read_recipe_file(path.parent / base, (*_seen, resolved)))
-    return _merge(merged, content)
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, str) and key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key `{key}` occurs twice", key_node.start_mark)
-            if isinstance(key, str):
-                seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(below)
-    for key, value in above.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
+def _options(words: list[str], kinds: Sequence[type], command: str) -> dict[str, Any]:
+    """The keys that a command line sets, with their values, as one more layer over the recipe."""
+    if not words:
+        return {}
+    parser = _parser(kinds, command)
+    keys = {action.dest for action in parser._actions} - {"help"}
+    for index, word in enumerate(words):
+        name = word.lstrip("-\N{EN DASH}\N{EM DASH}").split("=", 1)[0].replace("-", "_")
+        is_value = index > 0 and words[index - 1].startswith("--") and "=" not in words[index - 1]
+        if word.startswith("--"):
+            if name not in keys and name.removeprefix("no_") not in keys:
+                raise UsageError(f"Unknown option --{name}.{suggestion(name, keys, command)}")
+        elif not is_value and name in keys and (name != word.replace("-", "_") or "=" in word):
+            raise UsageError(f"'{word}' is no option of {command}. Did you mean `--{name}`, with two dashes?")
+    for action in parser._actions:
+        action.default, action.required = argparse.SUPPRESS, False
+    starts = [index for index, word in enumerate(words) if word.startswith("--")]
+    layer: dict[str, Any] = vars(parser.parse_args(words[: starts[0] if starts else None]))
+    for start, end in zip(starts, [*starts[1:], None], strict=True):
+        for key, value in vars(parser.parse_args(words[start:end])).items():
+            # A mapping that is given twice merges too.
+            layer |= merge_layers({key: layer[key]}, {key: value}) if key in layer else {key: value}
+    return layer
 
 
 def _kinds() -> tuple[type, ...]:
@@ -291,7 +258,32 @@ def _parser(kinds: Sequence[type], command: str):
         def error(self, message: str) -> typing.NoReturn:
             raise UsageError(message[:1].upper() + message[1:])
 
-    return RecipeParser(list(kinds), prog=command, allow_abbrev=False)
+    parser = RecipeParser(list(kinds), prog=command, allow_abbrev=False)
+    defaults = {item.name: item.default for kind in kinds for item in fields(kind)}
+    hints = {name: hint for kind in kinds for name, hint in typing.get_type_hints(kind).items()}
+    for action in parser._actions:
+        if action.dest in defaults and action.nargs != 0:
+            is_nullable = defaults[action.dest] is None or action.dest in NULL_MEANS
+            if dict in accepted_types(hints[action.dest]):
+                action.type = _text
+            elif is_nullable and action.dest != "report_to":
+                action.type = _or_null(action.type or str)
+    return parser
+
+
+def _text(word: str) -> str | None:
+    """Text that is JSON, or the name of a file; a word for null is null."""
+    return None if word.lower() in NULL_WORDS else word
+
+
+def _or_null(convert: Callable[[str], Any]) -> Callable[[str], Any]:
+    """`convert` that takes a word for null too: a command line has no null, and Python's is None."""
+
+    def converted(word: str) -> Any:
+        return None if word.lower() in NULL_WORDS else convert(word)
+
+    converted.__name__ = getattr(convert, "__name__", "value")  # argparse puts it into its message
+    return converted
 
 
 def print_options(kinds: Sequence[type] | None = None, command: str = "gd2po train") -> None:
@@ -307,81 +299,19 @@ def _method_preset(method: Any) -> dict[str, Any]:
     return METHODS[method]
 
 
-def _option_name(word: str) -> str:
-    return word[2:].split("=", 1)[0].replace("-", "_")
-
-
-def _last_value(words: Sequence[str], name: str) -> str | None:
-    value = None
-    for index, word in enumerate(words):
-        if word.startswith("--") and _option_name(word) == name:
-            following = words[index + 1] if index + 1 < len(words) else None
-            value = word.split("=", 1)[1] if "=" in word else following
-    return value
-
-
-def _suggestion(name: str, known: set[str], command: str) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f" Did you mean `{close[0]}`?" if close else f" `{command} --help-all` lists all."
-
-
-def _as_mapping(name: str, value: Any) -> dict[str, Any]:
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise UsageError(f"`{name}` is not valid JSON: {error}.") from error
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise UsageError(f"`{name}` must be a mapping, not {type(value).__name__}.")
-    return dict(value)
-
-
 def _loader_kwargs(dataset: str, value: Any) -> dict[str, Any]:
-    kwargs = _as_mapping(f"{dataset}_kwargs", value)
+    kwargs = as_mapping(f"{dataset}_kwargs", value)
     for name in ("path", "split"):
         if name in kwargs:
             raise UsageError(f"`{dataset}_kwargs` holds `{name}`; that is the key `{dataset}_{name}`.")
     return kwargs
 
 
-def _as_meant(key: str, value: Any) -> Any:
-    """What a YAML value means where YAML, or TRL's type hint, says it in another type."""
-    if key == "scale_rewards" and isinstance(value, bool):
-        return "group" if value else "none"
-    if key.endswith("_strategy") and value is False:  # YAML's reading of `no`
-        return "no"
-    if key == "resume_from_checkpoint" and isinstance(value, bool):
-        return "latest" if value else None
-    return value
-
-
-def _accepted_types(hint: Any) -> set[Any]:
-    members = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    return {typing.get_origin(member) or member for member in members}
-
-
 def _as_written(value: Any, hint: Any) -> Any:
     """What a recipe would say for `value`, which TRL or transformers made of it."""
     if hasattr(value, "to_dict"):
         return value.to_dict()
-    return [value] if isinstance(value, str) and _accepted_types(hint) <= {list, type(None)} else value
-
-
-def _check_type(key: str, value: Any, hint: Any, source: str) -> None:
-    """argparse converts text only; any other YAML value must already be what the field holds."""
-    accepted = _accepted_types(hint)
-    if (
-        value is None
-        or (isinstance(value, str) and not accepted <= {list, type(None)})
-        or type(value) in accepted
-        or (isinstance(value, int) and not isinstance(value, bool) and float in accepted)
-        or not accepted <= {str, int, float, bool, list, dict, type(None)}
-    ):
-        return
-    names = " or ".join(sorted(kind.__name__ for kind in accepted if kind is not type(None)))
-    raise UsageError(f"`{key}` in {source} is {value!r} ({type(value).__name__}); it must be {names}.")
+    return [value] if isinstance(value, str) and accepted_types(hint) <= {list, type(None)} else value
 
 
 def _check_weights(arguments: Any, training: Any) -> None:
@@ -396,41 +326,3 @@ def _check_weights(arguments: Any, training: Any) -> None:
     for weight in weights:
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or weight != weight or abs(weight) > 1e30:
             raise UsageError(f"`reward_weights` holds {weight!r}; weights are finite numbers.")
-
-
-def _refuse_remote_code(settings: dict[str, Any], source: str) -> None:
-    """A file may come from anyone; what lets code of a model's repository in takes a word on the command line."""
-    model_kwargs = _as_mapping("model_init_kwargs", settings.get("model_init_kwargs"))
-    places = {"": settings, "model_init_kwargs.": model_kwargs}
-    for prefix, mapping in places.items():
-        for key in ("trust_remote_code", "use_kernels"):
-            if mapping.get(key):
-                option = "model_init_kwargs '{\"use_kernels\": true}'" if key == "use_kernels" else key
-                raise UsageError(_REMOTE_CODE.format(key=prefix + key, source=source, option=option))
-        if "/" in str(mapping.get("attn_implementation") or ""):
-            key = "attn_implementation"
-            raise UsageError(_REMOTE_CODE.format(key=prefix + key, source=source, option=key))
-
-
-_REMOTE_CODE = (
-    "`{key}` in {source} would run code from the Hub, which a recipe cannot ask for. If you trust the model, give "
-    "--{option} on the command line."
-)
-
-
-_SECRET_WORDS = ("password", "secret", "api_key", "apikey", "headers", "authorization")
-_TOKENS_OF_THE_VOCABULARY = ("eos_token", "pad_token")
-
-
-def without_secrets(settings: Any) -> Any:
-    """`settings` without what would give an account away, in nested mappings and lists too."""
-    if isinstance(settings, (list, tuple)):
-        return [without_secrets(item) for item in settings]
-    if not isinstance(settings, dict):
-        return settings
-    return {key: without_secrets(value) for key, value in settings.items() if not _is_secret(str(key).lower())}
-
-
-def _is_secret(key: str) -> bool:
-    is_token = key == "token" or key.endswith("_token")
-    return (is_token and key not in _TOKENS_OF_THE_VOCABULARY) or any(word in key for word in _SECRET_WORDS)

@@ -9,12 +9,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from .checkpoints import checkpoint_to_resume
 from .datasets import load_dataset_by_name
 from .errors import UsageError
 from .recipe import Recipe
+from .recipe_files import dump_recipe
 from .rewards import resolve_reward
 from .rewards.guard import RewardError
 
@@ -267,7 +266,7 @@ def write_resolved_recipe(recipe: Recipe) -> Path:
     if recipe.settings.get("trust_remote_code"):
         header += "# It ran with --trust_remote_code, which only a command line can say.\n"
     plain = {key: _plain(value) for key, value in recipe.settings.items() if key not in left_out}
-    path.write_text(header + yaml.safe_dump(plain, allow_unicode=True, sort_keys=True), encoding="utf-8")
+    path.write_text(header + dump_recipe(plain), encoding="utf-8")
     return path
 
 

@@ -37,7 +37,7 @@ def _show(path: Path, *, merged: bool) -> None:
     if merged:
         import yaml
 
-        from ..recipe import read_recipe_file
+        from ..recipe_files import read_recipe_file
 
         print(yaml.safe_dump(read_recipe_file(path), allow_unicode=True), end="")
         return

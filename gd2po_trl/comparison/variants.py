@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UsageError
-from ..recipe import without_secrets
+from ..recipe_values import without_secrets
 
 
 MASK = "***"

@@ -1,0 +1,215 @@
+"""The values of a recipe's keys: what YAML and the command line mean by them, and which are possible at all."""
+
+import json
+import math
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from .errors import UsageError
+
+
+# What null means for keys whose field takes none. `max_grad_norm: null` asks for no clipping, not for the default.
+NULL_MEANS = {"max_grad_norm": 0.0, "report_to": "none"}
+# Words for null in text: of YAML and JSON, of the command line, and of Python.
+NULL_WORDS = ("null", "none")
+# Their hints allow null, and nothing behind them does.
+TAKES_NO_NULL = ("num_generations", "max_completion_length")
+
+_AT_LEAST_0: tuple[Callable[[float], bool], str] = (lambda value: value >= 0, "must not be negative")
+_AT_LEAST_1: tuple[Callable[[float], bool], str] = (lambda value: value >= 1, "must be at least 1")
+_POSITIVE: tuple[Callable[[float], bool], str] = (lambda value: value > 0, "must be positive")
+_SHARE: tuple[Callable[[float], bool], str] = (lambda value: 0 <= value <= 1, "must be between 0 and 1")
+_ABOVE_0_TO_1: tuple[Callable[[float], bool], str] = (lambda value: 0 < value <= 1, "must be above 0 and at most 1")
+_BELOW_1: tuple[Callable[[float], bool], str] = (lambda value: 0 <= value < 1, "must be at least 0 and below 1")
+
+# What neither TRL nor transformers refuses by name before the model is loaded, and some of it never.
+RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "learning_rate": _AT_LEAST_0,
+    "weight_decay": _AT_LEAST_0,
+    "adam_beta1": _BELOW_1,
+    "adam_beta2": _BELOW_1,
+    "adam_epsilon": _AT_LEAST_0,
+    "warmup_steps": _AT_LEAST_0,
+    "num_train_epochs": _POSITIVE,
+    "max_steps": (
+        lambda value: value == -1 or value >= 1,
+        "must be at least 1, or -1 for as many as `num_train_epochs` asks",
+    ),
+    "per_device_train_batch_size": _AT_LEAST_1,
+    "per_device_eval_batch_size": _AT_LEAST_1,
+    "gradient_accumulation_steps": _AT_LEAST_1,
+    "generation_batch_size": _AT_LEAST_1,
+    "steps_per_generation": _AT_LEAST_1,
+    "num_generations_eval": _AT_LEAST_1,
+    "num_iterations": _AT_LEAST_1,
+    "max_completion_length": _AT_LEAST_1,
+    "max_length": _AT_LEAST_1,
+    "logging_steps": _POSITIVE,
+    "save_steps": _POSITIVE,
+    "eval_steps": _POSITIVE,
+    "dataloader_num_workers": _AT_LEAST_0,
+    "seed": (lambda value: 0 <= value < 2**32, "must be between 0 and 2**32 - 1"),
+    "data_seed": (lambda value: 0 <= value < 2**32, "must be between 0 and 2**32 - 1"),
+    "temperature": _POSITIVE,
+    "top_p": _ABOVE_0_TO_1,
+    "top_k": (lambda value: value >= 0, "must be at least 1, or 0 (or -1) for off"),
+    "min_p": _SHARE,
+    "repetition_penalty": _POSITIVE,
+    "beta": _AT_LEAST_0,
+    "epsilon": _AT_LEAST_0,
+    "epsilon_high": _AT_LEAST_0,
+    "top_entropy_quantile": _SHARE,
+    "lora_r": _AT_LEAST_1,
+    "lora_alpha": _POSITIVE,
+    "lora_dropout": _BELOW_1,
+    "vllm_gpu_memory_utilization": _ABOVE_0_TO_1,
+    "vllm_tensor_parallel_size": _AT_LEAST_1,
+    "vllm_max_model_length": _AT_LEAST_1,
+}
+# Keys of `generation_kwargs` that are keys of a recipe too.
+GENERATION = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+def accepted_types(hint: Any) -> set[Any]:
+    """The types that a field's hint names, without their parameters."""
+    members = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    return {typing.get_origin(member) or member for member in members}
+
+
+def as_meant(key: str, value: Any, default: Any) -> Any:
+    """What a value means where YAML, the command line or TRL's type hint says it in another type or number."""
+    is_nullable = default is None or key in NULL_MEANS
+    if value is None or value == [None] or (is_nullable and str(value).lower() in NULL_WORDS):
+        return NULL_MEANS.get(key)
+    if key == "scale_rewards" and isinstance(value, bool):
+        return "group" if value else "none"
+    if key.endswith("_strategy") and value is False:  # YAML's reading of `no`
+        return "no"
+    if key == "resume_from_checkpoint" and isinstance(value, bool):
+        return "latest" if value else None
+    if key == "top_k" and value in (-1, "-1"):  # off, as vLLM and verl say it
+        return 0
+    if key == "generation_kwargs" and isinstance(value, dict) and value.get("top_k") == -1:
+        return {**value, "top_k": 0}
+    return value
+
+
+def as_mapping(name: str, value: Any) -> dict[str, Any]:
+    """
+    The mapping that `value` is, or that its JSON text describes; empty for null.
+
+    Raises:
+        [`UsageError`]: for anything else. It calls the value `name`.
+    """
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"`{name}` is not valid JSON: {error}.") from error
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise UsageError(f"`{name}` must be a mapping, not {type(value).__name__}.")
+    return dict(value)
+
+
+def check_value(key: str, value: Any, hint: Any, default: Any, source: str) -> None:
+    """
+    Refuse a value of another type than its field holds: argparse converts text, and nothing else.
+
+    Args:
+        key (`str`): Its key.
+        value (`Any`): The value.
+        hint (`Any`): Type hint of the key's field.
+        default (`Any`): Default of the field.
+        source (`str`): Where the key stands, for messages.
+
+    Raises:
+        [`UsageError`]: if the field does not take it.
+    """
+    accepted = accepted_types(hint)
+    if value is None:
+        if default is not None and (type(None) not in accepted or key in TAKES_NO_NULL):
+            shown = getattr(default, "value", default)
+            raise UsageError(
+                f"`{key}` in {source} is null, which it does not take; leave the key out for its default, {shown!r}."
+            )
+        return
+    if (
+        (isinstance(value, str) and not accepted <= {list, type(None)})
+        or type(value) in accepted
+        or (isinstance(value, int) and not isinstance(value, bool) and float in accepted)
+        or not accepted <= {str, int, float, bool, list, dict, type(None)}
+    ):
+        return
+    names = " or ".join(sorted(kind.__name__ for kind in accepted if kind is not type(None)))
+    raise UsageError(f"`{key}` in {source} is {value!r} ({type(value).__name__}); it must be {names}.")
+
+
+def check_ranges(values: Mapping[str, Any]) -> None:
+    """
+    Refuse numbers with which no run works, or with which one would do something else than asked.
+
+    Raises:
+        [`UsageError`]: which names the key and what it may be.
+    """
+    for key, value in values.items():
+        if _is_number(value):
+            if math.isnan(value):
+                raise UsageError(f"`{key}` is nan; it must be a number.")
+            _check_range(key, value, *RANGES.get(key, (lambda _: True, "")))
+    for key, value in (values.get("generation_kwargs") or {}).items():
+        if key in GENERATION and value is not None:
+            name = f"generation_kwargs.{key}"
+            if not _is_number(value):
+                raise UsageError(f"`{name}` is {value!r} ({type(value).__name__}); it must be a number.")
+            _check_range(name, value, *RANGES[key])
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_range(name: str, value: float, is_possible: Callable[[float], bool], what: str) -> None:
+    if what and not (is_possible(value) and math.isfinite(value)):
+        raise UsageError(f"`{name}` is {value!r}; it {what}.")
+
+
+_REMOTE_CODE = (
+    "`{key}` in {source} would run code from the Hub, which a recipe cannot ask for. If you trust the model, give "
+    "--{option} on the command line."
+)
+
+
+def refuse_remote_code(settings: dict[str, Any], source: str) -> None:
+    """A file may come from anyone; what lets code of a model's repository in takes a word on the command line."""
+    model_kwargs = as_mapping("model_init_kwargs", settings.get("model_init_kwargs"))
+    places = {"": settings, "model_init_kwargs.": model_kwargs}
+    for prefix, mapping in places.items():
+        for key in ("trust_remote_code", "use_kernels"):
+            if mapping.get(key):
+                option = "model_init_kwargs '{\"use_kernels\": true}'" if key == "use_kernels" else key
+                raise UsageError(_REMOTE_CODE.format(key=prefix + key, source=source, option=option))
+        if "/" in str(mapping.get("attn_implementation") or ""):
+            key = "attn_implementation"
+            raise UsageError(_REMOTE_CODE.format(key=prefix + key, source=source, option=key))
+
+
+_SECRET_WORDS = ("password", "secret", "api_key", "apikey", "headers", "authorization")
+_TOKENS_OF_THE_VOCABULARY = ("eos_token", "pad_token")
+
+
+def without_secrets(settings: Any) -> Any:
+    """`settings` without what would give an account away, in nested mappings and lists too."""
+    if isinstance(settings, (list, tuple)):
+        return [without_secrets(item) for item in settings]
+    if not isinstance(settings, dict):
+        return settings
+    return {key: without_secrets(value) for key, value in settings.items() if not _is_secret(str(key).lower())}
+
+
+def _is_secret(key: str) -> bool:
+    is_token = key == "token" or key.endswith("_token")
+    return (is_token and key not in _TOKENS_OF_THE_VOCABULARY) or any(word in key for word in _SECRET_WORDS)
