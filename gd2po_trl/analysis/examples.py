@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..terminal import shorten
 from ..advantages import SIGN_EPS
 from .groups import Groups
 from .reading import Rollouts, read_texts
@@ -93,20 +94,3 @@ def find_examples(
         )
         for (row, up, down), (prompt_text, completion) in zip(chosen, texts, strict=True)
     ]
-
-
-def shorten(text: str, length: int) -> str:
-    """`text` with its middle left out, if it has more than `length` characters."""
-    if len(text) <= length:
-        return text
-    head = length // 3
-    return f"{text[:head]} […] {text[len(text) - (length - head) :]}"
-
-
-def printable(text: str) -> str:
-    """`text` with control characters, which a terminal or a reader could fall for, written out."""
-    return "".join(char if char in "\n\t" or char.isprintable() or char == " " else _escape(char) for char in text)
-
-
-def _escape(char: str) -> str:
-    return char.encode("unicode_escape").decode("ascii")

@@ -15,7 +15,8 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from ..errors import UsageError
-from .examples import Example, printable, shorten
+from ..terminal import printable, shorten
+from .examples import Example
 from .statistics import Analysis
 from .tables import Table, number, tables
 

@@ -1,0 +1,145 @@
+"""What every command shares that writes to a terminal: safe text, tables that fit, and each warning once."""
+
+import logging
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+
+def make_console(**options) -> "Console":
+    """A console for text that may come from a model: nothing in it is markup, an emoji code or a number to color."""
+    from rich.console import Console
+
+    return Console(markup=False, emoji=False, highlight=False, **options)
+
+
+def make_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "") -> "Table":
+    """
+    A table for a terminal.
+
+    Names are wrapped between words and cut nowhere; numbers are never wrapped.
+
+    Args:
+        title (`str`): What it shows.
+        columns (sequence of `str`): Headings; the first column is text, the others are numbers.
+        rows (iterable of sequences of `str`): One cell per column.
+        caption (`str`, *optional*): How to read it.
+    """
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(
+        title=Text(title, style="bold"),
+        caption=Text(caption) if caption else None,
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1),
+        pad_edge=False,
+    )
+    for index, column in enumerate(columns):
+        # Headings may wrap between their words; a column is as wide as the longest of them.
+        longest = max(map(len, column.split()), default=1)
+        table.add_column(
+            Text(printable(column)),
+            justify="right" if index else "left",
+            vertical="top" if index == 0 else "bottom",
+            overflow="fold",
+            no_wrap=False,
+            min_width=longest,
+        )
+    for row in rows:
+        table.add_row(*(Text(printable(cell), no_wrap=index > 0) for index, cell in enumerate(row)))
+    return table
+
+
+def shorten(text: str, length: int) -> str:
+    """`text` with its middle left out, if it has more than `length` characters."""
+    if len(text) <= length:
+        return text
+    head = length // 3
+    return f"{text[:head]} […] {text[len(text) - (length - head) :]}"
+
+
+def printable(text: str) -> str:
+    """`text` with control characters, which a terminal or a reader could fall for, written out."""
+    return "".join(
+        char
+        if char in "\n\t" or char.isprintable() or char == " "
+        else char.encode("unicode_escape").decode("ascii")
+        for char in text
+    )
+
+
+def fill(entries: Sequence[str], width: int) -> list[str]:
+    """`entries` in as many lines of at most `width` characters as they need, none of them broken."""
+    lines: list[str] = []
+    for entry in entries:
+        if lines and len(lines[-1]) + 2 + len(entry) <= width:
+            lines[-1] += f"  {entry}"
+        else:
+            lines.append(entry)
+    return lines
+
+
+class _Once(logging.Filter):
+    """Lets each warning through once, however often a library repeats it."""
+
+    def __init__(self):
+        super().__init__()
+        self._seen: set[tuple[str, str]] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        key = (record.name, record.getMessage())
+        if record.levelno != logging.WARNING:
+            return True
+        if key in self._seen:
+            return False
+        self._seen.add(key)
+        return True
+
+
+class _Handler(logging.StreamHandler):
+    """Writes to what is standard error now, which a live display may have taken over since the start."""
+
+    def __init__(self):
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self):
+        return sys.stderr
+
+
+def set_up_logging() -> None:
+    """
+    Print what this package logs at level INFO, and the warnings of all libraries once each, without their source lines.
+
+    On several processes only the first one prints. To be called before transformers and TRL are imported.
+    """
+    import warnings
+
+    from transformers.utils import logging as transformers_logging
+
+    def show(message, category, filename, lineno, file=None, line=None):
+        package = filename.rpartition("site-packages")[2].strip("/\\").replace("\\", "/").split("/")[0]
+        logging.getLogger("py.warnings").warning(
+            "%s: %s", package or category.__name__, " ".join(str(message).split())
+        )
+
+    handler = _Handler()
+    handler.addFilter(_Once())
+    logging.basicConfig(format="%(message)s", handlers=[handler])
+    warnings.showwarning = show
+    transformers_logging.disable_default_handler()
+    transformers_logging.enable_propagation()
+    is_first = os.environ.get("RANK", "0") == "0"
+    logging.getLogger("gd2po_trl").setLevel(logging.INFO if is_first else logging.WARNING)
+    if not is_first:
+        logging.getLogger("py.warnings").setLevel(logging.ERROR)
