@@ -5,7 +5,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from transformers.trainer_callback import ProgressCallback
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from .run_log import LogHistory, ends, held_out_change, reward_names, series, training_change
 from .terminal import fill, make_console, make_table, printable, shorten
@@ -28,10 +29,14 @@ class RewardProgress(ProgressCallback):
     On a terminal the figures are below a bar with the time left and are updated in place. Elsewhere (a file, a
     notebook) there is one line per log entry. All other metrics are in `trainer_state.json`.
 
+    ```python
+    RewardProgress().attach(trainer)
+    trainer.train()
+    ```
+
     Args:
         num_samples (`int`, *optional*, defaults to 1):
-            Rollouts to show each time, at the first log entry and then ten times over the run; 0 shows none. Needs
-            [`~RewardProgress.attach`].
+            Rollouts to show each time, at the first log entry and then ten times over the run; 0 shows none.
         console (`rich.console.Console`, *optional*):
             Where to print. By default the terminal.
     """
@@ -47,9 +52,12 @@ class RewardProgress(ProgressCallback):
         self._samples_shown = 0
 
     def attach(self, trainer: Any) -> None:
-        """Take the rollouts from `trainer`, whose own table of completions is then printed no more."""
-        self.trainer = trainer
+        """Show the training of `trainer`, in the place of its own bar, table of metrics and table of completions."""
+        for callback in (DEFAULT_PROGRESS_CALLBACK, ProgressCallback, PrinterCallback):
+            trainer.remove_callback(callback)
+        trainer.add_callback(self)
         trainer.num_completions_to_print = 0
+        self.trainer = trainer
 
     def close(self) -> None:
         """Give the terminal back; also for a training that ended with an error."""
@@ -86,11 +94,13 @@ class RewardProgress(ProgressCallback):
         elif figures := _figures(logs):
             self._figures = figures
             if self._live is None:
-                left = self._time_left(state)
-                self._print([f"step {state.global_step}/{state.max_steps}  {'  '.join(figures)}{left}"])
+                done, left = f"step {state.global_step}/{state.max_steps}", self._time_left(state)
+                self._print(["  ".join([done, *figures, *left])])
             part = _part_of(state)
             if part > self._samples_shown:
                 self._samples_shown = part
+                if self._live is not None:
+                    self._print(["", *fill([f"step {state.global_step}:", *figures], self.console.width)])
                 self._print_samples(state)
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -126,12 +136,12 @@ class RewardProgress(ProgressCallback):
         self._live = Live(Figures(), console=self.console, refresh_per_second=4)
         self._live.start()
 
-    def _time_left(self, state: Any) -> str:
+    def _time_left(self, state: Any) -> list[str]:
         done = state.global_step - self._first_step
         if self.console.is_jupyter or not 0 < done < state.max_steps - self._first_step:
-            return ""
+            return []
         seconds = (time.monotonic() - self._started) / done * (state.max_steps - state.global_step)
-        return f"  {duration(seconds)} left"
+        return [f"{duration(seconds)} left"]
 
     def _print(self, lines: Sequence[str]) -> None:
         for line in lines:
@@ -161,14 +171,15 @@ def print_sample(title: str, prompt: str, completions: Mapping[str, str], consol
     """Print a prompt and what was written for it, each completion under its own heading."""
     from rich.text import Text
 
+    # In a file a line stays whole; a terminal would break it inside a word.
+    style = {"soft_wrap": not console.is_terminal}
     console.print()
-    console.print(Text(printable(title), style="bold"))
-    console.print(Text(printable(shorten(prompt.strip("\n"), PROMPT_LENGTH)), style="dim"), soft_wrap=True)
+    console.print(Text(printable(title), style="bold"), **style)
+    console.print(Text(printable(shorten(prompt.strip("\n"), PROMPT_LENGTH)), style="dim"), **style)
     for heading, completion in completions.items():
         console.print()
-        console.print(Text(printable(heading), style="bold"))
-        console.print(Text(printable(shorten(completion, COMPLETION_LENGTH))), soft_wrap=True)
-    console.print()
+        console.print(Text(printable(heading), style="bold"), **style)
+        console.print(Text(printable(shorten(completion.strip("\n"), COMPLETION_LENGTH))), **style)
 
 
 def print_change(log: LogHistory, console: "Console") -> None:
@@ -180,10 +191,13 @@ def print_change(log: LogHistory, console: "Console") -> None:
         changes, title = held_out_change(log), "Mean reward on held-out prompts"
         columns = ["reward", "before", "after", "change"]
     except ValueError:
-        changes, title = training_change(log), "Mean reward of the training rollouts"
-        columns = ["reward", "first tenth of the steps", "last tenth", "change"]
+        changes, title = (
+            training_change(log),
+            "Mean reward of the training rollouts, by step",
+        )
+        columns = ["reward", "first tenth", "last tenth", "change"]
     rows = [
-        [name, f"{before:.2f}", f"{after:.2f}", f"{after - before:+.2f}"] for name, (before, after) in changes.items()
+        [name, number(before), number(after), number(after - before, "+")] for name, (before, after) in changes.items()
     ]
     if rows:
         console.print(make_table(title, columns, rows))
@@ -203,9 +217,11 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def number(value: float) -> str:
-    """`value` with three digits, for a place where many of them stand side by side."""
-    return f"{value:#.3g}".rstrip(".") if abs(value) < 1000 else f"{value:,.0f}"
+def number(value: float, sign: str = "-") -> str:
+    """`value` with three digits, and its sign as in a format specification."""
+    if 0 < abs(value) < 1e-12:  # what rounding leaves of a difference
+        value = 0.0
+    return f"{value:{sign}#.3g}".rstrip(".") if abs(value) < 1000 else f"{value:{sign},.0f}"
 
 
 def _figures(logs: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -218,7 +234,9 @@ def _figures(logs: Mapping[str, Any], prefix: str = "") -> list[str]:
     if figures and conflict is not None and len(figures) > 1 and not prefix:
         figures.append(f"conflict {conflict:.0%}")
     if not figures and "train_runtime" not in logs:
-        figures = [f"{label} {number(logs[prefix + key])}" for key, label in OTHER_METRICS.items() if prefix + key in logs]
+        figures = [
+            f"{label} {number(logs[prefix + key])}" for key, label in OTHER_METRICS.items() if prefix + key in logs
+        ]
     return figures
 
 

@@ -10,6 +10,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantiz
 
 from .datasets import load_dataset_by_name
 from .errors import UsageError
+from .progress import RewardProgress
 from .recipe import DatasetArguments, Recipe, parse_recipe
 from .training import check_model, load_tokenizer, model_init_kwargs, one_clear_error, prepare_output, train_and_save
 
@@ -44,7 +45,7 @@ def load_sft_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> R
     return Recipe(arguments, training, model, settings)
 
 
-def run_sft(recipe: Recipe) -> SFTTrainer:
+def run_sft(recipe: Recipe, *, progress: RewardProgress | None = None) -> SFTTrainer:
     """
     Train on prompts and completions with TRL's `SFTTrainer`. The loss covers the completions alone.
 
@@ -54,6 +55,8 @@ def run_sft(recipe: Recipe) -> SFTTrainer:
     Args:
         recipe ([`Recipe`]):
             From [`load_sft_recipe`].
+        progress ([`RewardProgress`], *optional*):
+            Takes the place of the trainer's own bar.
 
     Returns:
         The `SFTTrainer`, after training.
@@ -88,6 +91,8 @@ def run_sft(recipe: Recipe) -> SFTTrainer:
             quantization_config=get_quantization_config(model),
             peft_config=get_peft_config(model),
         )
+    if progress is not None:
+        progress.attach(trainer)
     train_and_save(trainer, recipe, checkpoint)
     return trainer
 

@@ -2,7 +2,9 @@
 
 import logging
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -44,19 +46,20 @@ def make_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]
         padding=(0, 1),
         pad_edge=False,
     )
+    rows = list(rows)
     for index, column in enumerate(columns):
-        # Headings may wrap between their words; a column is as wide as the longest of them.
-        longest = max(map(len, column.split()), default=1)
+        # A column of numbers is as wide as they or the longest word of its heading are, so that names get the rest.
+        width = max([*map(len, column.split()), *(len(row[index]) for row in rows), 1])
+        heading = textwrap.fill(column, width, break_on_hyphens=False) if index else column
         table.add_column(
-            Text(printable(column)),
+            Text(printable(heading)),
             justify="right" if index else "left",
-            vertical="top" if index == 0 else "bottom",
+            vertical="bottom" if index else "top",
             overflow="fold",
-            no_wrap=False,
-            min_width=longest,
+            no_wrap=index > 0,
         )
     for row in rows:
-        table.add_row(*(Text(printable(cell), no_wrap=index > 0) for index, cell in enumerate(row)))
+        table.add_row(*(Text(printable(cell)) for cell in row))
     return table
 
 
@@ -71,9 +74,7 @@ def shorten(text: str, length: int) -> str:
 def printable(text: str) -> str:
     """`text` with control characters, which a terminal or a reader could fall for, written out."""
     return "".join(
-        char
-        if char in "\n\t" or char.isprintable() or char == " "
-        else char.encode("unicode_escape").decode("ascii")
+        char if char in "\n\t" or char.isprintable() or char == " " else char.encode("unicode_escape").decode("ascii")
         for char in text
     )
 
@@ -116,10 +117,20 @@ class _Handler(logging.StreamHandler):
     def stream(self):
         return sys.stderr
 
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        if record.exc_info or not sys.stderr.isatty():
+            return text
+        width = shutil.get_terminal_size().columns
+        lines = [
+            textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False) for line in text.split("\n")
+        ]
+        return "\n".join("\n".join(line) for line in lines)
+
 
 def set_up_logging() -> None:
     """
-    Print what this package logs at level INFO, and the warnings of all libraries once each, without their source lines.
+    Print what this package logs at level INFO, and the warnings of all libraries once each, without source lines.
 
     On several processes only the first one prints. To be called before transformers and TRL are imported.
     """

@@ -41,7 +41,7 @@ def run_recipe(recipe: Recipe, *, callbacks: Sequence["TrainerCallback"] = ()) -
         recipe ([`Recipe`]):
             From [`load_recipe`].
         callbacks (sequence of `TrainerCallback`, *optional*):
-            Callbacks of the trainer beside its own. A `ProgressCallback` among them takes the place of its own.
+            Callbacks of the trainer beside its own. A [`RewardProgress`] among them takes the place of its own bar.
 
     Returns:
         The [`GD2POTrainer`], after training.
@@ -61,11 +61,10 @@ def run_recipe(recipe: Recipe, *, callbacks: Sequence["TrainerCallback"] = ()) -
     check_model(recipe)
     train_dataset, eval_dataset = load_datasets(recipe)
 
-    from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
-    from transformers.trainer_callback import ProgressCallback
     from trl import get_peft_config, get_quantization_config
 
     from .gd2po_trainer import GD2POTrainer
+    from .progress import RewardProgress
 
     training.model_init_kwargs = model_init_kwargs(recipe)
     with one_clear_error():
@@ -84,10 +83,10 @@ def run_recipe(recipe: Recipe, *, callbacks: Sequence["TrainerCallback"] = ()) -
             if hasattr(reward_func, "load"):
                 reward_func.load()
     for callback in callbacks:
-        if isinstance(callback, ProgressCallback):
-            # In a notebook the default is a table of losses.
-            trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)
-        trainer.add_callback(callback)
+        if isinstance(callback, RewardProgress):
+            callback.attach(trainer)
+        else:
+            trainer.add_callback(callback)
     train_and_save(trainer, recipe, checkpoint)
     return trainer
 

@@ -3,6 +3,7 @@
 import json
 import random
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,19 +12,13 @@ from hypothesis import strategies as st
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gd2po_trl.cli.quickstart import main
+from gd2po_trl.cli.quickstart import RECIPE, _free_folder, main
 from gd2po_trl.datasets import load_dataset_by_name
 from gd2po_trl.errors import UsageError
+from gd2po_trl.progress import print_change
 from gd2po_trl.quickstart.policy import build_policy, build_tokenizer
 from gd2po_trl.quickstart.prepare import prepare
-from gd2po_trl.quickstart.report import (
-    held_out_change,
-    plot_curves,
-    print_change,
-    print_samples,
-    read_log,
-    sample_completions,
-)
+from gd2po_trl.quickstart.report import plot_curves, print_samples, sample_completions
 from gd2po_trl.quickstart.task import (
     INTENTS,
     THINK_VOCABULARY,
@@ -36,7 +31,10 @@ from gd2po_trl.quickstart.task import (
     vocabulary,
 )
 from gd2po_trl.quickstart.warmup import collate, demonstrate, warm_up
+from gd2po_trl.recipe import load_recipe
+from gd2po_trl.recipe_catalog import recipe_path
 from gd2po_trl.rewards import resolve_reward
+from gd2po_trl.run_log import held_out_change, read_log
 
 
 @pytest.fixture(scope="module")
@@ -233,8 +231,8 @@ def test_report_from_a_log(tmp_path):
     print_change(log, console)
     text = " ".join(console.export_text().split())
     assert "correctness -1.00 3.00 +4.00" in text
-    assert "length 0.25 0.50 +0.25" in text
-    assert "50% at the first step, 12% at the last, 26% on average" in text
+    assert "length 0.250 0.500 +0.250" in text
+    assert "50% in the first tenth of the steps, 12% in the last, 26% over all" in text
 
     assert plot_curves(log, tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
@@ -282,6 +280,25 @@ def test_quickstart_trains_and_reports(tmp_path, capsys):
     assert report.count("Held-out prompt") == 3
     assert "Mean reward on held-out prompts" in report
     assert report.strip() in capsys.readouterr().out
+    assert f"gd2po analyze {trained}" in report.replace("\n", "")
+    assert len(list((trained / "completions").glob("*.parquet"))) >= 2
+
+    # A second run does not overwrite the first.
+    with pytest.raises(UsageError, match="holds a run"):
+        main(["--output", str(tmp_path)])
+
+
+def test_the_default_folder_is_the_next_free_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert _free_folder(None) == Path("outputs/quickstart")
+    for name in ("quickstart", "quickstart-2"):
+        (tmp_path / "outputs" / name / "trained").mkdir(parents=True)
+    assert _free_folder(None) == Path("outputs/quickstart-3")
+
+
+def test_the_rewards_of_the_recipe_can_be_chosen():
+    recipe = load_recipe(recipe_path(RECIPE), ["--reward_funcs", "correctness", "length"])
+    assert recipe.arguments.reward_funcs == ["correctness", "length"]
 
 
 def test_quickstart_refuses_a_slip_before_it_writes(tmp_path):

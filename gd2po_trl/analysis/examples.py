@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..terminal import shorten
 from ..advantages import SIGN_EPS
+from ..terminal import shorten
 from .groups import Groups
 from .reading import Rollouts, read_texts
 from .statistics import Analysis, Pushes

@@ -8,8 +8,8 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from ..terminal import printable
 from ..diagnostics import pair_name
+from ..terminal import printable
 from .statistics import CONSENSUS_BINS, Analysis, PairFigures
 
 

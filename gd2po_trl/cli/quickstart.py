@@ -11,6 +11,7 @@ from ..recipe_catalog import recipe_path
 
 
 RECIPE = "quickstart/tool_calling"
+DEFAULT_OUTPUT = Path("outputs/quickstart")
 TRAINED_FOLDER = "trained"
 NUM_SAMPLES = 3
 
@@ -20,6 +21,8 @@ parameters its format from careless demonstrations, trains it as the recipe quic
 reports the rewards on held-out prompts before and after. Needs no download.
 
 Any key of the recipe is an option: gd2po quickstart --method gdpo --max_steps 60
+
+A run is never overwritten: without --output, the second one goes to outputs/quickstart-2.
 """
 
 
@@ -33,7 +36,7 @@ def main(argv: list[str]) -> int:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--output", type=Path, default=Path("outputs/quickstart"), metavar="DIR", help="(default: %(default)s)"
+        "--output", type=Path, metavar="DIR", help=f"(default: {DEFAULT_OUTPUT}, or the next one that is free)"
     )
     parser.add_argument("--seed", type=int, default=1, metavar="N", help="of everything (default: %(default)s)")
     parser.add_argument(
@@ -43,12 +46,9 @@ def main(argv: list[str]) -> int:
         "--prepare-only", action="store_true", help="stop after the data and the warmed-up policy are written"
     )
     arguments, overrides = parser.parse_known_args(argv)
-    output = arguments.output
-    if output.exists() and not output.is_dir():
-        raise UsageError(f"--output '{output}' is a file; name a folder.")
-
     if arguments.warmup_steps < 0:
         raise UsageError(f"--warmup-steps is {arguments.warmup_steps}; it must be 0 or more.")
+    output = _free_folder(arguments.output)
 
     from ..quickstart.prepare import HELD_OUT_FILE, POLICY_FOLDER, TRAIN_FILE, prepare
     from ..recipe import load_recipe
@@ -70,28 +70,45 @@ def main(argv: list[str]) -> int:
             print(f"Data and policy are in {output}.")
             return 0
 
-        from ..quickstart.progress import RewardProgress
+        from ..progress import RewardProgress
         from ..training import run_recipe
 
-        run_recipe(recipe, callbacks=[RewardProgress()])
-        _report(recipe, output)
+        shown = recipe.training.num_completions_to_print
+        progress = RewardProgress(0 if shown is None else shown)
+        try:
+            trainer = run_recipe(recipe, callbacks=[progress])
+        finally:
+            progress.close()
+        _report(recipe, trainer, output)
     return 0
 
 
-def _report(recipe, output: Path) -> None:
-    from rich.console import Console
+def _free_folder(output: Path | None) -> Path:
+    """`output`, or the first of the default folders without a run; refuses one that holds a run."""
+    if output is None:
+        output, number = DEFAULT_OUTPUT, 2
+        while (output / TRAINED_FOLDER).exists():
+            output, number = Path(f"{DEFAULT_OUTPUT}-{number}"), number + 1
+        return output
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"--output '{output}' is a file; name a folder.")
+    if (output / TRAINED_FOLDER).exists():
+        raise UsageError(f"--output '{output}' holds a run already; name another folder, or delete that one.")
+    return output
 
+
+def _report(recipe, trainer, output: Path) -> None:
     from ..quickstart.prepare import HELD_OUT_FILE
     from ..quickstart.report import (
         CURVES_FILE,
         REPORT_FILE,
         plot_curves,
-        print_change,
         print_samples,
-        read_log,
         sample_completions,
     )
     from ..rewards import resolve_reward
+    from ..terminal import make_console
+    from .train import print_end
 
     with open(output / HELD_OUT_FILE, encoding="utf-8") as lines:
         rows = [json.loads(next(lines)) for _ in range(NUM_SAMPLES)]
@@ -105,15 +122,13 @@ def _report(recipe, output: Path) -> None:
         label: resolve_reward(label, recipe.arguments.reward_kwargs.get(label))
         for label in recipe.arguments.reward_funcs
     }
-    log = read_log(recipe.training.output_dir)
-    curves = plot_curves(log, output / CURVES_FILE)
+    curves = plot_curves(trainer.state.log_history, output / CURVES_FILE)
 
-    console = Console(record=True, highlight=False)
-    console.print()
+    console = make_console(record=True)
     print_samples(rows, completions, rewards, console)
-    print_change(log, console)
+    print_end(trainer, console)
     console.save_text(str(output / REPORT_FILE))
-    print(f"Curves: {curves}\nThis report: {output / REPORT_FILE}\nTrained policy: {recipe.training.output_dir}")
+    print(f"\nCurves: {curves}\nThis report: {output / REPORT_FILE}")
 
 
 @contextlib.contextmanager

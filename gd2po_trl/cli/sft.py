@@ -1,6 +1,7 @@
 """`gd2po sft`."""
 
-from .train import show_progress, split_arguments
+from ..terminal import set_up_logging
+from .train import split_arguments
 
 
 USAGE = """usage: gd2po sft --config RECIPE.yaml [--any_field value ...]
@@ -20,6 +21,8 @@ def main(argv: list[str]) -> int:
     if "-h" in argv or "--help" in argv:
         print(USAGE)
         return 0
+    set_up_logging()
+    from ..progress import RewardProgress
     from ..recipe import print_options
     from ..sft import KINDS, load_sft_recipe, run_sft
 
@@ -27,7 +30,14 @@ def main(argv: list[str]) -> int:
         print_options(KINDS, "gd2po sft")
         return 0
     recipe = load_sft_recipe(*split_arguments(argv, "gd2po sft"))
-    show_progress()
-    trainer = run_sft(recipe)
-    trainer.accelerator.print(f"The policy, its recipe and its log are in {recipe.training.output_dir}.")
+    progress = RewardProgress()
+    try:
+        trainer = run_sft(recipe, progress=progress)
+    finally:
+        progress.close()
+    folder = recipe.training.output_dir
+    trainer.accelerator.print(
+        f"The policy, its recipe and its log are in {folder}. Next: gd2po train --config RECIPE --model_name_or_path "
+        f"{folder}"
+    )
     return 0

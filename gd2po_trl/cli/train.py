@@ -1,9 +1,16 @@
 """`gd2po train`."""
 
 import argparse
-import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import UsageError
+from ..terminal import make_console, set_up_logging
+
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from transformers import Trainer
 
 
 USAGE = """usage: gd2po train --config RECIPE.yaml [--any_field value ...]
@@ -23,6 +30,7 @@ def main(argv: list[str]) -> int:
     if "-h" in argv or "--help" in argv:
         print(USAGE)
         return 0
+    set_up_logging()
     from ..recipe import load_recipe, print_options
 
     if "--help-all" in argv:
@@ -30,21 +38,38 @@ def main(argv: list[str]) -> int:
         return 0
     recipe = load_recipe(*split_arguments(argv, "gd2po train"))
 
+    from ..progress import RewardProgress
     from ..training import run_recipe
 
-    show_progress()
-    trainer = run_recipe(recipe)
-    trainer.accelerator.print(f"The policy, its recipe and its log are in {recipe.training.output_dir}.")
+    shown = recipe.training.num_completions_to_print
+    progress = RewardProgress(1 if shown is None else shown)
+    try:
+        trainer = run_recipe(recipe, callbacks=[progress])
+    finally:
+        progress.close()
+    if trainer.is_world_process_zero():
+        print_end(trainer)
     return 0
 
 
-def show_progress() -> None:
-    """Print what this package logs at level INFO, once for all processes."""
-    from accelerate import PartialState
+def print_end(trainer: "Trainer", console: "Console | None" = None) -> None:
+    """Print what the training changed, where its files are, and what to do with them."""
+    from ..progress import print_change
 
-    logging.basicConfig(format="%(message)s")
-    if PartialState().is_main_process:
-        logging.getLogger("gd2po_trl").setLevel(logging.INFO)
+    folder, console = trainer.args.output_dir, console or make_console()
+    console.print()
+    print_change(trainer.state.log_history, console)
+    console.print(f"The policy, its recipe and its log are in {folder}. Next:\n", soft_wrap=True)
+    steps = {
+        f"gd2po generate --model {folder} --prompt '…'": "read what it writes now",
+        f"gd2po eval rewards --model {folder}": "its rewards, before against after",
+    }
+    if (Path(folder) / "completions").is_dir():
+        steps[f"gd2po analyze {folder}"] = "how far the rewards conflict"
+    if (Path(folder) / "adapter_config.json").is_file():
+        steps[f"gd2po merge {folder}"] = "the adapter merged into its model"
+    for command, purpose in steps.items():
+        console.print(f"  {command}\n      {purpose}", soft_wrap=True)
 
 
 def split_arguments(argv: list[str], command: str) -> tuple[str | None, list[str]]:

@@ -1,11 +1,10 @@
-"""What the quickstart shows at its end: held-out rewards before and after, their curves, and completions to read."""
+"""What the quickstart shows at its end: the rewards' curves, and completions to read, before and after."""
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ..errors import UsageError
+from ..run_log import LogHistory, reward_names, series
 
 
 if TYPE_CHECKING:
@@ -13,50 +12,6 @@ if TYPE_CHECKING:
 
 CURVES_FILE = "curves.png"
 REPORT_FILE = "report.txt"
-
-LogHistory = list[dict[str, Any]]
-
-
-def read_log(folder: str | Path) -> LogHistory:
-    """
-    The log history that a training run left in its output folder.
-
-    Raises:
-        [`UsageError`]: if there is none.
-    """
-    path = Path(folder) / "trainer_state.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))["log_history"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"There is no log history in '{path}': run the training first ({error}).") from error
-
-
-def reward_names(log: LogHistory) -> list[str]:
-    """Names of the rewards in a log, in their order in the entries."""
-    keys = dict.fromkeys(key for entry in log for key in entry)
-    return [key.split("/")[1] for key in keys if key.startswith("rewards/") and key.endswith("/mean")]
-
-
-def series(log: LogHistory, key: str) -> tuple[list[int], list[float]]:
-    """Steps and values of one logged number."""
-    points = [(entry["step"], entry[key]) for entry in log if entry.get(key) is not None]
-    return [step for step, _ in points], [value for _, value in points]
-
-
-def held_out_change(log: LogHistory) -> dict[str, tuple[float, float]]:
-    """
-    Mean of each reward on the held-out prompts, at the first evaluation and at the last.
-
-    Raises:
-        [`UsageError`]: if the log has fewer than two evaluations.
-    """
-    changes = {}
-    for name in reward_names(log):
-        _, values = series(log, f"eval_rewards/{name}/mean")
-        if len(values) < 2:
-            raise UsageError("The log has no evaluation before and after training: set eval_on_start and eval_steps.")
-        changes[name] = values[0], values[-1]
-    return changes
 
 
 def plot_curves(log: LogHistory, path: Path) -> Path:
@@ -117,26 +72,6 @@ def sample_completions(folder: str | Path, prompts: Sequence[str], max_new_token
     return tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def print_change(log: LogHistory, console: "Console") -> None:
-    """Prints the table of held-out rewards before and after."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(title="Mean reward on held-out prompts", title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("reward")
-    for column in ("before", "after", "change"):
-        table.add_column(column, justify="right")
-    for name, (before, after) in held_out_change(log).items():
-        table.add_row(name, f"{before:.2f}", f"{after:.2f}", f"{after - before:+.2f}")
-    console.print(table)
-    _, conflict = series(log, "gd2po/conflict_ratio")
-    if conflict:
-        console.print(
-            f"Rollouts on which the rewards disagreed: {conflict[0]:.0%} at the first step, {conflict[-1]:.0%} at the "
-            f"last, {sum(conflict) / len(conflict):.0%} on average.\n"
-        )
-
-
 def print_samples(
     rows: Sequence[dict[str, str]],
     completions: dict[str, Sequence[str]],
@@ -152,7 +87,7 @@ def print_samples(
         rewards (`dict[str, Callable]`): Reward functions by name.
         console (`rich.console.Console`): Where to print.
     """
-    from rich.text import Text
+    from ..progress import print_sample
 
     prompts, answers = [row["prompt"] for row in rows], [row["answer"] for row in rows]
     scores = {
@@ -160,10 +95,13 @@ def print_samples(
         for label, texts in completions.items()
     }
     for index, prompt in enumerate(prompts):
-        console.print(Text(f"Held-out prompt {index + 1}", style="bold"))
-        console.print(Text(prompt.rstrip("\n"), style="dim"), soft_wrap=True)
-        for label, texts in completions.items():
-            figures = ", ".join(f"{name} {values[index]:.2f}" for name, values in scores[label].items())
-            console.print(Text(f"\n{label} ({figures})", style="bold"))
-            console.print(Text(texts[index]), soft_wrap=True)
-        console.print()
+        headings = {
+            label: ", ".join(f"{name} {values[index]:.2f}" for name, values in scores[label].items())
+            for label in completions
+        }
+        print_sample(
+            f"Held-out prompt {index + 1}",
+            prompt,
+            {f"{label} ({headings[label]})": texts[index] for label, texts in completions.items()},
+            console,
+        )
