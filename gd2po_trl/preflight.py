@@ -48,10 +48,10 @@ def check_before_loading(call: inspect.BoundArguments) -> None:
     _check_size(dataset, args)
     evaluation = arguments.get("eval_dataset")
     named = evaluation if isinstance(evaluation, dict) else {"": evaluation}
-    _check_data("training dataset", dataset, functions, adds_columns)
+    check_data("training dataset", dataset, functions, adds_columns)
     for name, eval_dataset in named.items():
         what = f"evaluation dataset {name!r}" if name else "evaluation dataset"
-        _check_data(what, eval_dataset, functions, adds_columns)
+        check_data(what, eval_dataset, functions, adds_columns)
 
 
 def check_reward_names(names: Iterable[str]) -> None:
@@ -120,7 +120,13 @@ def _check_size(dataset: Any, args: Any) -> None:
         )
 
 
-def _check_data(what: str, dataset: Any, functions: list[Any], adds_columns: bool) -> None:
+def check_data(what: str, dataset: Any, functions: list[Any], adds_columns: bool) -> None:
+    """
+    Find out whether a dataset has the columns that reward functions need, and none that TRL needs for itself.
+
+    Raises:
+        `ValueError`: if not.
+    """
     columns = _columns(what, dataset)
     if not columns:
         return

@@ -161,8 +161,8 @@ class RewardProgress(ProgressCallback):
                 fate = "; in conflict, kept" if kept and kept[0] else "; in conflict, left out"
             print_sample(
                 f"Rollout of step {state.global_step}",
-                _text(logs["prompt"][index]),
-                {f"completion ({_scores(rewards)}{fate})": _text(logs["completion"][index])},
+                as_text(logs["prompt"][index]),
+                {f"completion ({_scores(rewards)}{fate})": as_text(logs["completion"][index])},
                 self.console,
             )
 
@@ -249,7 +249,7 @@ def _part_of(state: Any) -> int:
     return -(-SAMPLE_TIMES * state.global_step // max(state.max_steps, 1))
 
 
-def _text(entry: Any) -> str:
+def as_text(entry: Any) -> str:
     """A prompt or completion as TRL keeps it: text, or messages, of which the last one says most."""
     if isinstance(entry, str):
         return entry

@@ -2,12 +2,12 @@
 
 import argparse
 import json
-import logging
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from ..terminal import set_up_logging
 
 
 API_BANK = """\
@@ -31,11 +31,24 @@ A killed run goes on where it stopped when the command is repeated. The folder -
 scores.jsonl and results.json."""
 
 
+REWARDS = """\
+Any rewards on any data, before and after a training: greedy completions, one per prompt, the mean of each reward, and
+the difference with its 95 % interval. Rewards may read columns of the data, as in training.
+
+  gd2po eval rewards --model outputs/my_run
+  gd2po eval rewards --model outputs/my_run --data held_out.jsonl --reward my_rewards.brevity --limit 100
+
+The folder of a run says what it does not need to be told: its recipe.yaml names the rewards, the data (eval_dataset,
+or else dataset) and the model before the training. --config names another recipe.
+
+A killed run goes on where it stopped when the command is repeated. The folder --output then holds predictions.jsonl,
+scores.jsonl and results.json."""
+
+
 def main(argv: list[str]) -> int:
     """Run `gd2po eval`; the exit status."""
     arguments = _parser().parse_args(argv)
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("gd2po_trl").setLevel(logging.INFO)
+    set_up_logging()
     if arguments.model is None and arguments.predictions is None:
         raise UsageError("what to evaluate? Give --model, or --predictions with text generated before.")
     if arguments.model is not None and arguments.predictions is not None:
@@ -96,10 +109,33 @@ def _parser() -> argparse.ArgumentParser:
         "results hold both means (default: all)",
     )
     task.set_defaults(run=_safe_alignment, task="safe-alignment")
+
+    task = tasks.add_parser("rewards", help="any rewards on any data", description=REWARDS, **style)
+    _add_common(task, max_new_tokens=None, max_prompt_tokens=None)
+    task.add_argument("--config", metavar="RECIPE", help="recipe to read (default: recipe.yaml in the model's folder)")
+    task.add_argument(
+        "--data",
+        action="append",
+        metavar="DATA",
+        help="prompts with the columns that rewards read: a file, or as for safe-alignment (default: the recipe's)",
+    )
+    task.add_argument(
+        "--reward",
+        action="append",
+        metavar="REWARD",
+        help="what to score with: LABEL, LABEL=TYPE or 'LABEL={type: ..., ...}' (default: the recipe's rewards)",
+    )
+    task.add_argument(
+        "--baseline",
+        metavar="WHAT",
+        help="the model before the training, or predictions; 'none' compares nothing (default: the recipe's model)",
+    )
+    task.add_argument("--limit", type=int, metavar="N", help="first N prompts of each data set (default: all)")
+    task.set_defaults(run=_rewards, task="rewards")
     return parser
 
 
-def _add_common(task: argparse.ArgumentParser, max_new_tokens: int, max_prompt_tokens: int | None) -> None:
+def _add_common(task: argparse.ArgumentParser, max_new_tokens: int | None, max_prompt_tokens: int | None) -> None:
     task.add_argument("--model", help="folder or Hub id of a causal language model, or the folder of a PEFT adapter")
     task.add_argument("--adapter", help="folder or Hub id of a PEFT adapter on top of --model")
     task.add_argument(
@@ -118,7 +154,13 @@ def _add_common(task: argparse.ArgumentParser, max_new_tokens: int, max_prompt_t
         metavar="N",
         help="prompts per batch, the most a kill can lose (default: 8, 256 with vLLM)",
     )
-    task.add_argument("--max-new-tokens", type=int, default=max_new_tokens, metavar="N", help="(default: %(default)s)")
+    task.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=max_new_tokens,
+        metavar="N",
+        help=f"(default: {max_new_tokens or 'as in training'})",
+    )
     task.add_argument(
         "--max-prompt-tokens",
         type=int,
@@ -147,6 +189,8 @@ def _mapping(name: str, value: Any) -> dict[str, Any]:
 def _output(arguments: argparse.Namespace) -> Path | None:
     if arguments.output is not None:
         folder = Path(arguments.output)
+    elif arguments.task == "rewards" and arguments.model is not None and Path(arguments.model).is_dir():
+        folder = Path(arguments.adapter or arguments.model) / "eval"
     elif arguments.model is None:
         return None
     else:
@@ -232,6 +276,111 @@ def _safe_alignment(arguments: argparse.Namespace) -> int:
     results |= {**source, "rewards": without_secrets(reward_options), "baseline": arguments.baseline}
     _report(arguments, safe_alignment, results, lines)
     return 0
+
+
+def _rewards(arguments: argparse.Namespace) -> int:
+    from ..evaluation import rewards as task
+    from ..evaluation.safe_alignment import compute_scores, resolve_rewards
+    from ..recipe import without_secrets
+
+    recipe = _recipe_of(arguments)
+    options, weights = _rewards_of(arguments, recipe)
+    rewards = resolve_rewards(options, columns=True)
+    rows = task.load_rows(_data_of(arguments, recipe), rewards, arguments.limit)
+    arguments.max_new_tokens = arguments.max_new_tokens or recipe.get("max_completion_length") or 512
+    arguments.max_prompt_tokens = arguments.max_prompt_tokens or recipe.get("max_prompt_tokens")
+    arguments.chat_template_kwargs = arguments.chat_template_kwargs or _mapping(
+        "chat_template_kwargs", recipe.get("chat_template_kwargs")
+    )
+    baseline, settings = _baseline_of(arguments, recipe, rows)
+
+    predictions, source = _predict(arguments, rows)
+    if settings is not None:
+        from ..evaluation.engine import generate_predictions
+
+        baseline = generate_predictions(rows, settings, _output(arguments) / "baseline", description="Before")
+    sets = {"model": predictions} if baseline is None else {"model": predictions, "baseline": baseline}
+    model = arguments.adapter or arguments.model
+    if model is not None:
+        task.add_completion_ids(sets.values(), model)
+    by_set = compute_scores(rows, sets, rewards, **task.reward_arguments(model))
+    scores, before = by_set["model"], by_set.get("baseline")
+    results = task.summarize(rows, predictions, scores, weights, before)
+    lines = [{"id": row.id, **{label: scores[row.id][label] for label in rewards}} for row in rows]
+    if before is not None:
+        lines = [{**line, "before": {label: before[line["id"]][label] for label in rewards}} for line in lines]
+    results |= {**source, "rewards": without_secrets(options), "weights": weights, "baseline": arguments.baseline}
+    _report(arguments, task, results, lines)
+    return 0
+
+
+def _recipe_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The keys of the recipe that --config names or the model's folder holds; none where there is no recipe."""
+    from ..recipe_files import read_recipe_file
+
+    if arguments.config is not None:
+        return read_recipe_file(Path(arguments.config))
+    for folder in (arguments.adapter, arguments.model):
+        if folder is not None and (Path(folder) / "recipe.yaml").is_file():
+            return read_recipe_file(Path(folder) / "recipe.yaml")
+    return {}
+
+
+def _rewards_of(
+    arguments: argparse.Namespace, recipe: dict[str, Any]
+) -> tuple[dict[str, dict[str, Any]], dict[str, float]]:
+    """What each reward is, and its weight in the sum."""
+    if arguments.reward:
+        options = _reward_options(arguments.reward)
+        return options, dict.fromkeys(options, 1.0)
+    labels, kwargs = recipe.get("reward_funcs") or [], _mapping("reward_kwargs", recipe.get("reward_kwargs"))
+    labels = [labels] if isinstance(labels, str) else labels
+    if not labels:
+        where = arguments.config or arguments.adapter or arguments.model or "the predictions"
+        raise UsageError(
+            f"which rewards? There is no recipe with `reward_funcs` in {where}; give --reward or --config."
+        )
+    weights = recipe.get("reward_weights") or [1.0] * len(labels)
+    options = {label: _mapping(f"reward_kwargs.{label}", kwargs.get(label)) for label in labels}
+    return options, dict(zip(labels, weights, strict=True))
+
+
+def _data_of(arguments: argparse.Namespace, recipe: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    if arguments.data:
+        return _data_options(arguments.data)
+    key = "eval_dataset" if recipe.get("eval_dataset") else "dataset"
+    if not recipe.get(key) and not recipe.get(f"{key}_path"):
+        raise UsageError("which prompts? There is no recipe that names any; give --data or --config.")
+    split = recipe.get(f"{key}_split") or ("test" if key == "eval_dataset" else None)
+    options = {"name": recipe.get(key) or "prompts", "path": recipe.get(f"{key}_path"), "split": split}
+    label = "held out" if key == "eval_dataset" else "training data"
+    return {label: {**options, **_mapping(f"{key}_kwargs", recipe.get(f"{key}_kwargs"))}}
+
+
+def _baseline_of(arguments: argparse.Namespace, recipe: dict[str, Any], rows: list) -> tuple[dict | None, Any]:
+    """Completions of the model before the training, or the settings that make them; neither for no comparison."""
+    from ..evaluation.engine import read_predictions
+    from ..evaluation.safe_alignment import is_predictions
+
+    what = arguments.baseline
+    if what is None and arguments.model is not None:
+        what = recipe.get("model_name_or_path")
+        same = what is not None and Path(what).resolve() == Path(arguments.adapter or arguments.model).resolve()
+        what = None if same else what
+    if what is None or what == "none":
+        arguments.baseline = None
+        return None, None
+    arguments.baseline = what
+    if is_predictions(what):
+        return read_predictions(what, rows), None
+    if _output(arguments) is None:
+        raise UsageError("a baseline model needs --output, where its completions go.")
+    settings = _settings(arguments, model=what, adapter=None)
+    try:
+        settings.identity()  # a baseline that does not exist must fail before the model has run
+    except UsageError as error:
+        raise UsageError(f"{error} --baseline none compares with nothing.") from error
+    return None, settings
 
 
 def _data_options(words: list[str]) -> dict[str, dict[str, Any]]:

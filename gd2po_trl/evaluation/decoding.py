@@ -12,7 +12,7 @@ from .engine import GenerationSettings
 
 logger = logging.getLogger(__name__)
 
-Prompt = list[dict[str, str]]
+Prompt = list[dict[str, str]] | str
 
 
 def load_decoder(settings: GenerationSettings) -> "Decoder":
@@ -65,11 +65,14 @@ class Decoder:
         """
         Token ids of conversations, ready for the assistant's turn.
 
-        Without a chat template the contents of the messages are joined by blank lines. Prompts beyond
-        `settings.max_prompt_tokens` are shortened from the left, by whole turns as in training.
+        Prompts that are text stay as they are. Without a chat template the contents of the messages are joined by
+        blank lines. Prompts beyond `settings.max_prompt_tokens` are shortened from the left, conversations by whole
+        turns as in training.
         """
         limit = self.settings.max_prompt_tokens
         variables = self.settings.chat_template_kwargs or {}
+        if prompts and isinstance(prompts[0], str):
+            return [ids[-limit:] if limit else ids for ids in self.tokenizer(list(prompts))["input_ids"]]
         if not self.tokenizer.chat_template:
             texts = ["\n\n".join(message["content"] for message in prompt) for prompt in prompts]
             return [ids[-limit:] if limit else ids for ids in self.tokenizer(texts)["input_ids"]]

@@ -36,15 +36,15 @@ class EvalRow:
 
     Args:
         id (`str`): Name of the row, unique within the evaluation.
-        prompt (`list[dict[str, str]]`): Messages with `role` and `content`.
+        prompt (`list[dict[str, str]]` or `str`): Messages with `role` and `content`, or text that the model continues.
     """
 
     id: str
-    prompt: list[dict[str, str]]
+    prompt: list[dict[str, str]] | str
 
     @property
     def prompt_sha256(self) -> str:
-        """First 16 hex digits of the SHA-256 of the messages, by which a stored completion knows its prompt."""
+        """First 16 hex digits of the SHA-256 of the prompt, by which a stored completion knows its prompt."""
         return hashlib.sha256(json.dumps(self.prompt, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -89,12 +89,16 @@ def _categories(value: Any) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) and value else ()
 
 
-def resolve_rewards(rewards: dict[str, dict[str, Any]]) -> dict[str, Callable]:
+def resolve_rewards(rewards: dict[str, dict[str, Any]], *, columns: bool = False) -> dict[str, Callable]:
     """
     The reward functions that a recipe's `reward_funcs` and `reward_kwargs` describe, by label.
 
+    Args:
+        rewards (`dict[str, dict]`): Keyword arguments by label.
+        columns (`bool`, *optional*, defaults to `False`): Whether they may read columns of the data.
+
     Raises:
-        [`UsageError`]: if there is none, or one cannot be found or reads a column of the data.
+        [`UsageError`]: if there is none, or one cannot be found or reads a column of the data and must not.
     """
     from ..rewards import resolve_reward
     from ..rewards.guard import required_arguments
@@ -111,7 +115,7 @@ def resolve_rewards(rewards: dict[str, dict[str, Any]]) -> dict[str, Callable]:
             from ..rewards.preference import RewardModel
 
             reward = RewardModel(reward, label)
-        if needed := required_arguments(reward, ("prompts", "completions", "completion_ids")):
+        if not columns and (needed := required_arguments(reward, ("prompts", "completions", "completion_ids"))):
             raise UsageError(
                 f"The reward {label!r} needs {', '.join(f'`{name}`' for name in needed)}, and this evaluation gives "
                 "rewards the prompts and completions alone; leave it out."
@@ -121,15 +125,20 @@ def resolve_rewards(rewards: dict[str, dict[str, Any]]) -> dict[str, Callable]:
 
 
 def compute_scores(
-    rows: Sequence[SafeAlignmentRow], predictions: dict[str, dict[str, dict[str, Any]]], rewards: dict[str, Callable]
+    rows: Sequence[EvalRow],
+    predictions: dict[str, dict[str, dict[str, Any]]],
+    rewards: dict[str, Callable],
+    **arguments: Any,
 ) -> dict[str, dict[str, dict[str, float | None]]]:
     """
     Scores completions with every reward, one reward after the other so that one reward model is in memory at a time.
 
     Args:
-        rows (`Sequence[SafeAlignmentRow]`): Prompts, which the rewards read in full.
-        predictions (`dict[str, dict]`): Sets of completions by name (`"model"`, `"baseline"`), each by row id.
+        rows (`Sequence[EvalRow]`): Prompts, which the rewards read in full, and their `columns`, if they have any.
+        predictions (`dict[str, dict]`): Sets of completions by name (`"model"`, `"baseline"`), each by row id; where
+            one has `completion_ids`, the rewards get these too.
         rewards (`dict[str, Callable]`): From [`resolve_rewards`].
+        arguments: Further arguments of every reward.
 
     Returns:
         `dict[str, dict]`: By name of the set and row id: the score per label and `"sum"`, each `None` where a
@@ -146,7 +155,7 @@ def compute_scores(
         name: {row.id: dict.fromkeys(rewards) for row in rows} for name in predictions
     }
     todo = [
-        (name, row.id, row.prompt, [{"role": "assistant", "content": given[row.id]["completion"]}])
+        (name, row, given[row.id])
         for name, given in predictions.items()
         for row in rows
         if row.id in given and given[row.id].get("error") is None
@@ -155,14 +164,14 @@ def compute_scores(
         reward = RewardGuard().wrap(function, label)
         with tqdm(total=len(todo), desc=f"Scoring: {label}", unit="row") as bar:
             for start in range(0, len(todo), _CHUNK):
-                names, ids, prompts, completions = zip(*todo[start : start + _CHUNK], strict=True)
+                names, chunk, given = zip(*todo[start : start + _CHUNK], strict=True)
                 try:
-                    values = _call(reward, prompts=list(prompts), completions=list(completions), completion_ids=None)
+                    values = _call(reward, **_data_arguments(chunk, given), **arguments)
                 except RewardError as error:
                     raise UsageError(f"{error} The completions are kept.") from error
-                for name, key, value in zip(names, ids, values, strict=True):
+                for name, row, value in zip(names, chunk, values, strict=True):
                     if value is not None and math.isfinite(value):
-                        scores[name][key][label] = value
+                        scores[name][row.id][label] = value
                 bar.update(len(values))
         _unload(function)
     for by_row in scores.values():
@@ -170,6 +179,23 @@ def compute_scores(
             given = [value for value in score.values() if value is not None]
             score[SUM] = math.fsum(given) if len(given) == len(score) else None
     return scores
+
+
+def _data_arguments(rows: Sequence[EvalRow], records: Sequence[dict[str, Any]]) -> dict[str, list[Any] | None]:
+    """What a reward function is given about rows and their completions, in the form that it has in training."""
+    texts = [record["completion"] for record in records]
+    ids = [record.get("completion_ids") for record in records]
+    columns = [getattr(row, "columns", {}) for row in rows]
+    names = dict.fromkeys(name for of_row in columns for name in of_row)
+    return {
+        "prompts": [row.prompt for row in rows],
+        "completions": [
+            text if isinstance(row.prompt, str) else [{"role": "assistant", "content": text}]
+            for row, text in zip(rows, texts, strict=True)
+        ],
+        "completion_ids": None if None in ids else ids,
+        **{name: [of_row.get(name) for of_row in columns] for name in names},
+    }
 
 
 def _unload(reward: Callable) -> None:
@@ -250,7 +276,7 @@ def summarize(
         if baseline is not None:
             entry["baseline_mean"] = _means(baseline, counted, dimensions)
             entry["win_rate"] = {
-                name: _win_rate([(scores[key][name], baseline[key][name]) for key in counted]) for name in dimensions
+                name: win_rate([(scores[key][name], baseline[key][name]) for key in counted]) for name in dimensions
             }
         results[dataset] = entry
     return {"task": "safe-alignment", "protocol": protocol, "datasets": results}
@@ -266,7 +292,8 @@ def _means(
     return means
 
 
-def _win_rate(pairs: Sequence[tuple[float | None, float | None]]) -> dict[str, Any]:
+def win_rate(pairs: Sequence[tuple[float | None, float | None]]) -> dict[str, Any]:
+    """How often the first of a pair is higher: `rate` (a tie counts half), its Wilson `interval` and the counts."""
     both = [(ours, theirs) for ours, theirs in pairs if ours is not None and theirs is not None]
     wins = sum(ours > theirs for ours, theirs in both)
     ties = sum(ours == theirs for ours, theirs in both)
