@@ -14,7 +14,7 @@ from .advantages import (
     check_choice,
     check_snr_threshold,
 )
-from .row_skipping import LOSS_DENOMINATORS
+from .update.rows import LOSS_DENOMINATORS
 
 
 # The four methods that one trainer covers. Every preset sets the same fields, so that switching leaves nothing behind.
@@ -73,6 +73,14 @@ class GD2POConfig(GRPOConfig):
             Whether rollouts with advantage 0 are left out of the forward and backward pass. The gradient is the same
             (with dropout, for other random masks). Metrics of the update (`entropy`, `clip_ratio/*`) then cover the
             trained rollouts alone; `gd2po/trained_rows` and `gd2po/trained_tokens` are their share of the batch.
+        packed_update (`bool`, *optional*, defaults to `True`):
+            Whether the update, and every pass that computes log-probabilities, runs each prompt once for all its
+            rollouts and no padding, in forward passes that never cost more than a padded micro-batch. The gradient is
+            the same to rounding. Models and adapters for which it would not be are padded, which the log says.
+            `gd2po/update_tokens` is the share of TRL's padded tokens that the update runs.
+        keep_prompts_together (`bool`, *optional*, defaults to `True`):
+            Whether the rollouts of a prompt are trained next to each other, as far as the batch sizes allow. `False`
+            leaves the order to TRL, which shuffles single rollouts over the micro-batches of a generation batch.
         reward_timeout (`float` or `None`, *optional*, defaults to `None`):
             Seconds after which a call of a reward function ends the run with an error that names it. `None` waits
             forever. Reward models that the trainer itself evaluates are not covered.
@@ -116,6 +124,14 @@ class GD2POConfig(GRPOConfig):
         default=True,
         metadata={"help": "Whether rollouts with advantage 0 are left out of the forward and backward pass."},
     )
+    packed_update: bool = field(
+        default=True,
+        metadata={"help": "Whether the update runs each prompt once for all its rollouts, and no padding."},
+    )
+    keep_prompts_together: bool = field(
+        default=True,
+        metadata={"help": "Whether the rollouts of a prompt are trained next to each other, as far as sizes allow."},
+    )
     reward_timeout: float | None = field(
         default=None,
         metadata={"help": "Seconds after which a call of a reward function ends the run. null waits forever."},
@@ -135,7 +151,7 @@ class GD2POConfig(GRPOConfig):
             self.multi_objective_aggregation,
             ("normalize_then_sum", "sum_then_normalize"),
         )
-        for name in ("whitening_shift_mean", "skip_zero_advantage_rows"):
+        for name in ("whitening_shift_mean", "skip_zero_advantage_rows", "packed_update", "keep_prompts_together"):
             check_choice(name, getattr(self, name), (True, False))
         timeout = self.reward_timeout
         if timeout is not None and (

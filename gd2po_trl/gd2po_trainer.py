@@ -1,43 +1,37 @@
 """GD²PO as a drop-in subclass of TRL's `GRPOTrainer`."""
 
-import copy
 import inspect
 import math
 import textwrap
-import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather, gather_object
 from torch import nn
-from transformers import TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 from trl import GRPOConfig, GRPOTrainer
-from trl.models.utils import disable_gradient_checkpointing
 
 from .advantages import AdvantageBreakdown, compute_advantages
-from .completions_table import fill_missing_columns, make_writable
+from .completions_table import fill_missing_columns
 from .diagnostics import conflict_metrics
 from .gd2po_config import METHODS, GD2POConfig
-from .model_card import training_section
-from .preflight import check_before_loading, check_progress, check_reward_names, check_trainable
-from .prompt_order import PromptOrder
+from .preflight import check_before_loading, check_reward_names, check_trainable
 from .rewards.guard import RewardError, RewardGuard
-from .row_skipping import LOSS_DENOMINATORS, loss_mask, select_rows, trained_extent, unsupported_entry
+from .trl_workarounds import PatchedGRPOTrainer
+from .update.rows import loss_mask
+from .update.runner import Update
 
 
 logger = get_logger(__name__)
 
 
-class GD2POTrainer(GRPOTrainer):
+class GD2POTrainer(PatchedGRPOTrainer):
     """
     Trainer for Group-Dynamic reward-Decoupled Policy Optimization (GD²PO, arXiv 2606.16771).
 
     The changes with respect to [`~trl.GRPOTrainer`]: the advantages (see [`compute_advantages`]), metrics under
-    `gd2po/`, and that rollouts with advantage 0 are left out of the update. Everything else is inherited unchanged.
+    `gd2po/`, and that the update runs over distinct tokens of rollouts with a gradient (see `gd2po_trl.update`).
+    Everything else is inherited unchanged.
 
     Args:
         model, reward_funcs, train_dataset, eval_dataset, processing_class, callbacks, peft_config, ...:
@@ -63,7 +57,6 @@ class GD2POTrainer(GRPOTrainer):
 
     reward_funcs: list[Any]
     _buffered_inputs: Any
-    _logs: Any
 
     _tag_names = ["trl", "gd2po"]
     _name = "GD2PO"
@@ -96,7 +89,6 @@ class GD2POTrainer(GRPOTrainer):
             args = GD2POConfig.from_grpo_config(args)
         check_before_loading(inspect.signature(GRPOTrainer).bind(model, reward_funcs, args, *positional, **kwargs))
 
-        self._prompt_order = PromptOrder()
         super().__init__(model, reward_funcs, args, *positional, **kwargs)
         check_trainable(self.model)
         check_reward_names(self.reward_func_names)
@@ -111,24 +103,14 @@ class GD2POTrainer(GRPOTrainer):
                 "columns in the log and in the completions table. Give each a `__name__` of its own."
             )
 
-        self.add_callback(self._prompt_order)
         self._reward_guard = RewardGuard(timeout=args.reward_timeout, defer=self.accelerator.num_processes > 1)
         self.reward_funcs = [
             func if isinstance(func, nn.Module) else self._reward_guard.wrap(func, name)
             for func, name in zip(self.reward_funcs, self.reward_func_names, strict=True)
         ]
         self._captured_rewards: torch.Tensor | None = None
-        self._empty_logs = copy.deepcopy(self._logs)
-        self._logs_of_mode = {"train": self._logs, "eval": copy.deepcopy(self._logs)}
         self._batches_without_gradient = 0
-        self._skipping_off = self._reason_to_train_all_rows()
-        if self._skipping_off is not None and args.skip_zero_advantage_rows:
-            logger.warning(f"Rollouts with advantage 0 are not left out of the update: {self._skipping_off}.")
-        self._reduced_inputs: Any = None
-        self._postpones_old_logps = self._old_logps_missing = False
-        self._preparation_time = self._update_time = 0.0
-        # Trainable parameters that a forward pass does not use, known after the first one.
-        self._unreached_parameters: set[nn.Parameter] | None = None
+        self._update = Update(self, super()._get_per_token_logps_and_entropies)
 
     # Advantages
 
@@ -149,7 +131,6 @@ class GD2POTrainer(GRPOTrainer):
         return rewards
 
     def _generate_and_score_completions(self, inputs):
-        self._use_table_of_mode()
         self._captured_rewards = None
         output = super()._generate_and_score_completions(inputs)
         rewards, self._captured_rewards = self._captured_rewards, None
@@ -210,19 +191,6 @@ class GD2POTrainer(GRPOTrainer):
         for column in ("kept", "conflict", "agreement"):
             self._logs["extra"][f"gd2po_{column}"].extend(getattr(breakdown, column).tolist())
 
-    def _use_table_of_mode(self) -> None:
-        """TRL keeps the last rollouts for its completions table, of training or evaluation; here each has its own."""
-        self._logs = self._logs_of_mode["train" if self.model.training else "eval"]
-
-    def evaluation_loop(self, *args, **kwargs):
-        self._logs_of_mode["eval"] = copy.deepcopy(self._empty_logs)
-        return super().evaluation_loop(*args, **kwargs)
-
-    def log(self, *args, **kwargs):
-        self._use_table_of_mode()
-        make_writable(self._logs)
-        super().log(*args, **kwargs)
-
     def _warn_if_nothing_is_learned(self, has_gradient: bool, conflict_ratio: float) -> None:
         self._batches_without_gradient = 0 if has_gradient else self._batches_without_gradient + 1
         if self._batches_without_gradient in (1, 10, 100, 1000):
@@ -238,161 +206,21 @@ class GD2POTrainer(GRPOTrainer):
                 )
             )
 
-    # Model card
-
-    def create_model_card(self, *args, **kwargs):
-        super().create_model_card(*args, **kwargs)
-        card = Path(self.args.output_dir) / "README.md"
-        if self.is_world_process_zero() and card.is_file():
-            section = training_section(self.args, self.reward_func_names, self.reward_weights.tolist())
-            card.write_text(f"{card.read_text(encoding='utf-8').rstrip()}\n\n{section}", encoding="utf-8")
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
-        super().save_model(output_dir, _internal_call)
-        if not _internal_call:
-            self.create_model_card(model_name=Path(self.args.output_dir).name)
-
-    # Resuming
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        checkpoint = resume_from_checkpoint
-        if checkpoint is True:
-            checkpoint = get_last_checkpoint(self.args.output_dir)
-        state = Path(checkpoint or "") / TRAINER_STATE_NAME
-        if checkpoint and state.is_file() and not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
-            reached = TrainerState.load_from_json(str(state))
-            if 0 < self.args.max_steps <= reached.global_step:
-                # transformers would train one step more than asked for.
-                self._load_from_checkpoint(checkpoint)
-                self.state = reached
-                return TrainOutput(reached.global_step, math.nan, {})
-        output = super().train(resume_from_checkpoint, *args, **kwargs)
-        check_progress(self.state.global_step)
-        return output
-
-    def _get_train_sampler(self, *args, **kwargs):
-        self._prompt_order.sampler = super()._get_train_sampler(*args, **kwargs)
-        return self._prompt_order.sampler
-
-    # Rows without a gradient
-
-    def _reason_to_train_all_rows(self) -> str | None:
-        """Why leaving out rows without advantage would not give the same gradient, or `None` where it does."""
-        if not self.args.skip_zero_advantage_rows:
-            return "`skip_zero_advantage_rows` is off"
-        if self.beta != 0.0:
-            return "`beta` is not 0, so that the KL term trains every rollout"
-        if getattr(self, "_entropy_bonus_enabled", False):
-            return "the entropy bonus trains every rollout"
-        if self.top_entropy_quantile < 1.0:
-            return "`top_entropy_quantile` ranks the tokens of every rollout"
-        if getattr(self, "aux_loss_enabled", False):
-            return "the load-balancing loss of a mixture-of-experts model covers every rollout"
-        if getattr(self.args, "use_liger_kernel", False) and hasattr(self, "compute_liger_loss"):
-            return "this version of TRL computes the Liger loss on another path"
-        if self.loss_type not in LOSS_DENOMINATORS:
-            return f"the loss type {self.loss_type!r} is unknown"
-        return None
+    # The update
 
     def _prepare_inputs(self, generation_batch):
-        started = time.perf_counter()
-        if self._skipping_off is not None or not self.model.training:
+        with self._update.preparing():
             batch = super()._prepare_inputs(generation_batch)
-        else:
-            batch = self._prepare_trained_rows(generation_batch)
-        self._preparation_time = time.perf_counter() - started
-        return batch
-
-    def _prepare_trained_rows(self, generation_batch):
-        self._old_logps_missing = False
-        # vLLM's importance ratio is made of them during generation.
-        self._postpones_old_logps = not (self.use_vllm and self.vllm_importance_sampling_correction)
-        try:
-            super()._prepare_inputs(generation_batch)
-        finally:
-            self._postpones_old_logps = False
-        if self._buffered_inputs is not self._reduced_inputs:
-            self._reduced_inputs = self._buffered_inputs = self._reduce_to_trained_rows(self._buffered_inputs)
-            if self._old_logps_missing:
-                for batch in self._buffered_inputs:
-                    self._add_old_logps(batch)
-        return self._buffered_inputs[self._step % self.args.steps_per_generation]
-
-    def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
-        # TRL asks for old log-probabilities before the advantages are known; later, fewer rows need them.
-        is_text_only = all(value is None for name, value in kwargs.items() if name != "batch_size")
-        if self._postpones_old_logps and is_text_only:
-            self._old_logps_missing = True
-            return None, None, None
-        return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
-
-    def _add_old_logps(self, batch: dict[str, Any]) -> None:
-        if len(batch["advantages"]) == 0:
-            return
-        with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
-            batch["old_per_token_logps"], _, _ = self._get_per_token_logps_and_entropies(
-                self.model,
-                torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
-                torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
-                batch["completion_ids"].size(1),
-            )
-
-    def _reduce_to_trained_rows(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        obstacle = next((entry for batch in batches if (entry := unsupported_entry(batch)) is not None), None)
-        if obstacle is None:
-            extents = torch.stack([trained_extent(batch) for batch in batches])
-        else:
-            extents = torch.full((len(batches), 4), -1, device=self.accelerator.device)
-        # The one gather, and the one wait for the device, of a generation batch: (processes, micro-batches, extent)
-        everywhere = gather(extents.unsqueeze(0)).cpu()
-        if (everywhere < 0).any():
-            logger.warning_once(
-                "Rollouts with advantage 0 are not left out of the update where a batch carries "
-                f"{f'`{obstacle}`' if obstacle else 'more than text and one advantage per rollout'}."
-            )
-            return batches
-        all_rows, trained_rows, trained_tokens, _ = everywhere.sum((0, 1)).tolist()
-        all_tokens = all_rows * self._metrics["train"]["completions/mean_length"][-1]
-        self._metrics["train"]["gd2po/trained_rows"].append(trained_rows / all_rows)
-        self._metrics["train"]["gd2po/trained_tokens"].append(trained_tokens / max(all_tokens, 1))
-
-        # Metrics of the update gather one value per row, so that every process must run the same number of rows.
-        rows = everywhere[:, :, 1].amax(0).clamp(min=0 if self._may_skip_forward() else 1).tolist()
-        lengths = everywhere[self.accelerator.process_index, :, 3].clamp(min=1).tolist()
-        multiple = self.pad_to_multiple_of or 1
-        reduced = []
-        for batch, row_count, length in zip(batches, rows, lengths, strict=True):
-            small, factor = select_rows(batch, row_count, math.ceil(length / multiple) * multiple, self.loss_type)
-            reduced.append({**small, "gd2po_loss_factor": factor})
-        return reduced
-
-    def _may_skip_forward(self) -> bool:
-        """Whether a micro-batch may do without a forward pass, because nothing waits for this process to run one."""
-        is_alone = self.accelerator.num_processes == 1 and not self.is_deepspeed_enabled and not self.is_fsdp_enabled
-        return is_alone and self._unreached_parameters is not None
+            return self._update.micro_batch(batch) if self.model.training else batch
 
     def training_step(self, *args, **kwargs):
-        started = time.perf_counter()
-        loss = super().training_step(*args, **kwargs)
-        if self.accelerator.device.type != "cpu":
-            # Costs nothing: right after this, transformers waits for the loss to look for NaN in it.
-            torch.accelerator.synchronize()
-        self._update_time += time.perf_counter() - started - self._preparation_time
-        if self._step % self.current_gradient_accumulation_steps == 0:  # where TRL logs `step_time`
-            self._metrics["train"]["gd2po/update_time"].append(self._update_time)
-            self._update_time = 0.0
-        if self._unreached_parameters is None:
-            self._unreached_parameters = {parameter for parameter in self.model.parameters() if parameter.grad is None}
-        return loss
+        with self._update.slot():
+            return super().training_step(*args, **kwargs)
 
     def _compute_loss(self, model, inputs):
-        factor = inputs.get("gd2po_loss_factor", 1.0)
-        if len(inputs["advantages"]) > 0:
-            return super()._compute_loss(model, inputs) * factor
-        # Nothing to learn from. The optimizer must still see the gradients of 0 that a full pass leaves (and none
-        # where such a pass leaves none): it applies its momentum and weight decay to them.
-        unreached = self._unreached_parameters or set()
-        for parameter in model.parameters():
-            if parameter.requires_grad and parameter.grad is None and parameter not in unreached:
-                parameter.grad = torch.zeros_like(parameter)
-        return torch.zeros((), device=self.accelerator.device, requires_grad=True)
+        loss = self._update.loss(model, super()._compute_loss) if self.model.training else None
+        return super()._compute_loss(model, inputs) if loss is None else loss
+
+    def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
+        computed = self._update.log_probs(model, *args, **kwargs)
+        return super()._get_per_token_logps_and_entropies(model, *args, **kwargs) if computed is None else computed

@@ -60,7 +60,10 @@ def test_two_processes_equal_one(runs, name):
 
     for entry_one, entry_two in zip(history_one, history_two, strict=True):
         for metric in entry_one:
-            if metric.startswith(("gd2po/", "rewards/", "reward", "frac_")) and metric != "gd2po/update_time":
+            # How long the update took, and how many rollouts of a prompt met in a forward, depends on the processes.
+            if metric in ("gd2po/update_time", "gd2po/update_tokens"):
+                continue
+            if metric.startswith(("gd2po/", "rewards/", "reward", "frac_")):
                 assert entry_two[metric] == pytest.approx(entry_one[metric], abs=1e-6), metric
     assert_trained_alike(parameters_one, parameters_two)
 

@@ -1,12 +1,22 @@
 """The pure functions of row skipping: which rows of a micro-batch stay, and what the loss is multiplied by."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_row_skipping import LOSS_TYPES, random_batch
 
-from gd2po_trl.row_skipping import LOSS_DENOMINATORS, loss_mask, select_rows, trained_extent, unsupported_entry
+from gd2po_trl.update.rows import (
+    LOSS_DENOMINATORS,
+    describe_rows,
+    loss_mask,
+    order_by_prompt,
+    select_rows,
+    tokens_with_gradient,
+    unsupported_entry,
+)
 
 
 @st.composite
@@ -27,34 +37,34 @@ def micro_batches(draw):
     if draw(st.booleans()):
         flat = st.lists(st.integers(0, 1), min_size=rows * length, max_size=rows * length)
         batch["tool_mask"] = torch.tensor(draw(flat)).view(rows, length)
-    extent = trained_extent(batch).tolist()
-    extra = draw(st.integers(0, rows - extent[1]))
-    return batch, extent, extent[1] + extra
+    table = describe_rows(
+        batch["prompt_ids"],
+        batch["prompt_mask"],
+        batch["completion_mask"],
+        loss_mask(batch),
+        tokens_with_gradient(batch, "dapo"),
+    )
+    return batch, table, draw(st.integers(0, rows - int((table.trained_tokens > 0).sum())))
 
 
 @given(micro_batches(), st.sampled_from(LOSS_TYPES))
 @settings(deadline=None, max_examples=300)
 def test_reduced_batch_keeps_all_that_trains(case, loss_type):
-    batch, (rows, trained_rows, trained_tokens, last), num_rows = case
-    assert unsupported_entry(batch) is None
+    batch, table, filling = case
+    assert unsupported_entry(batch) is None and table.is_plain
     mask = loss_mask(batch)
     contribution = (batch["advantages"].unsqueeze(1) * mask).abs()
-    assert rows == len(mask)
-    assert trained_rows == (contribution.sum(1) > 0).sum()
-    assert trained_tokens == (contribution > 0).sum()
+    trained = (contribution.sum(1) > 0).nonzero().flatten()
+    assert torch.equal(table.trained_tokens, (contribution > 0).sum(1))
 
-    length = max(last, 1)
-    reduced, factor = select_rows(batch, num_rows, length, loss_type)
-    kept = reduced["prompt_ids"][:, 0]
-    assert len(kept) == num_rows and kept.tolist() == sorted(set(kept.tolist()))
+    num_rows = len(trained) + filling
+    length = max([int(table.lengths[row]) for row in trained], default=1)
+    reduced, factor = select_rows(batch, trained, num_rows, length, loss_type)
     assert reduced["completion_ids"].shape == (num_rows, length)
-    assert torch.equal(reduced["completion_ids"], batch["completion_ids"][kept, :length])
-    # Every token that trains is there, and the rows that fill up are the shortest of the others.
-    assert (reduced["advantages"].unsqueeze(1) * loss_mask(reduced)).count_nonzero() == trained_tokens
-    filling = [row for row in kept.tolist() if contribution[row].sum() == 0]
-    left_out = set(range(rows)) - set(kept.tolist())
-    widths = batch["completion_mask"].sum(1)
-    assert max((widths[row] for row in filling), default=0) <= min((widths[row] for row in left_out), default=99)
+    assert torch.equal(reduced["completion_ids"][: len(trained)], batch["completion_ids"][trained, :length])
+    # Every token that trains is there, and rows that fill up count nowhere.
+    assert (reduced["advantages"].unsqueeze(1) * loss_mask(reduced)).count_nonzero() == table.trained_tokens.sum()
+    assert loss_mask(reduced)[len(trained) :].sum() == 0 and reduced["advantages"][len(trained) :].abs().sum() == 0
 
     # The mean over the reduced batch times the factor is the mean over all: a token is worth `value` in the loss.
     value = batch["advantages"].unsqueeze(1) * mask
@@ -66,10 +76,41 @@ def test_reduced_batch_keeps_all_that_trains(case, loss_type):
         assert torch.isclose(kept_value.sum() / divide_by(loss_mask(reduced)) * factor, expected, atol=1e-6)
 
 
+def test_rows_with_an_importance_ratio_of_0_have_no_gradient():
+    batch = random_batch(zeros=(1,), empty=(2,))
+    for columns in (12, 1):
+        ratio = torch.ones(8, columns)
+        ratio[3] = 0.0
+        weighted = {**batch, "importance_sampling_ratio": ratio}
+        assert tokens_with_gradient(weighted, "dapo").any(1).tolist() == [n not in (1, 2, 3) for n in range(8)]
+        assert tokens_with_gradient(weighted, "vespo").any(1).tolist() == [n not in (1, 2) for n in range(8)]
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=12))
+@settings(deadline=None)
+def test_prompts_are_brought_together_in_the_order_of_their_first_rollout(prompts):
+    ids = torch.tensor(prompts).unsqueeze(1) + 5
+    table = describe_rows(ids, torch.ones_like(ids), torch.ones(len(prompts), 3))
+    order = order_by_prompt(table).tolist()
+    assert sorted(order) == list(range(len(prompts)))
+    firsts = list(dict.fromkeys(prompts))
+    assert [prompts[row] for row in order] == sorted(prompts, key=firsts.index)
+    assert all(a < b for a, b in itertools.pairwise(order) if prompts[a] == prompts[b])
+
+
+def test_masks_with_gaps_are_noticed():
+    ids = torch.ones(2, 4, dtype=torch.long)
+    whole, gap = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]]), torch.tensor([[0, 1, 0, 1], [1, 1, 1, 1]])
+    assert describe_rows(ids, whole, whole.flip(1)).is_plain
+    assert not describe_rows(ids, gap, whole.flip(1)).is_plain
+    assert not describe_rows(ids, whole, gap.flip(1)).is_plain
+    assert not describe_rows(ids, whole.flip(1), whole.flip(1)).is_plain
+
+
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_nothing_is_copied_where_every_row_trains(loss_type):
     batch = random_batch(zeros=())
-    reduced, factor = select_rows(batch, 8, 12, loss_type)
+    reduced, factor = select_rows(batch, torch.arange(8), 8, 12, loss_type)
     assert factor == 1.0
     for key, value in batch.items():
         assert reduced[key].data_ptr() == value.data_ptr()

@@ -15,7 +15,8 @@ from tiny import letters_dataset, low_bytes, spread_bytes, tiny_args
 from trl import GRPOTrainer
 
 from gd2po_trl import GD2POTrainer
-from gd2po_trl.row_skipping import LOSS_DENOMINATORS, loss_mask
+from gd2po_trl.update.rows import LOSS_DENOMINATORS, loss_mask
+from gd2po_trl.update.runner import reason_to_train_all_rows
 
 
 LOSS_TYPES = sorted(LOSS_DENOMINATORS)
@@ -63,7 +64,7 @@ def random_batch(seed=0, rows=8, prompt=5, length=12, tools=False, zeros=(1, 2, 
         "completion_ids": ids[:, prompt:],
         "completion_mask": (torch.arange(length) < lengths).long(),
         "advantages": advantages,
-        "num_items_in_batch": torch.tensor(float(lengths.sum()) * 2),
+        "num_items_in_batch": torch.tensor(100.0),
     }
     if tools:
         batch["tool_mask"] = torch.randint(0, 2, (rows, length), generator=generator)
@@ -72,10 +73,7 @@ def random_batch(seed=0, rows=8, prompt=5, length=12, tools=False, zeros=(1, 2, 
     return batch
 
 
-def gradient(trainer, compute_loss, batches) -> torch.Tensor:
-    trainer.model.zero_grad()
-    for batch in batches:
-        compute_loss(trainer.model, batch).backward()
+def flat_gradient(trainer) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.requires_grad])
 
 
@@ -84,24 +82,38 @@ def reduce(trainer, batches):
     trainer._metrics["train"]["completions/mean_length"].append(
         float(batches[0]["completion_mask"].sum(1).float().mean())
     )
-    return trainer._reduce_to_trained_rows(batches)
+    trainer.model.train()
+    trainer.args.steps_per_generation = trainer.current_gradient_accumulation_steps = len(batches)
+    trainer._step, trainer._update._buffer, trainer._buffered_inputs = 0, None, batches
+    return [trainer._update.micro_batch(batches[0]), *trainer._buffered_inputs[1:]]
 
 
 def relative_error(trainer, batches) -> float:
     """Of the gradient over the trained rows, against TRL's over all rows."""
     trainer.model.train()
-    trainer._unreached_parameters = set()
     trainer.current_gradient_accumulation_steps = len(batches)
-    full = gradient(trainer, super(GD2POTrainer, trainer)._compute_loss, batches)
+    trainer.model.zero_grad()
+    for batch in batches:
+        super(GD2POTrainer, trainer)._compute_loss(trainer.model, batch).backward()
+    full = flat_gradient(trainer)
     assert full.norm() > 0
-    reduced = gradient(trainer, trainer._compute_loss, reduce(trainer, batches))
+    trainer.model.zero_grad()
+    for slot, batch in enumerate(reduce(trainer, batches)):
+        trainer._step = slot
+        trainer.accelerator.gradient_state._set_sync_gradients(slot == len(batches) - 1)
+        with trainer._update.slot():
+            trainer.accelerator.backward(trainer._compute_loss(trainer.model, batch))
+    reduced = flat_gradient(trainer)
     return float((reduced - full).norm() / full.norm())
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["full", "lora"])
+@pytest.fixture(
+    scope="module", params=[(False, True), (True, True), (True, False)], ids=["full", "lora", "padded lora"]
+)
 def trainer(request, tiny_policy, tmp_path_factory):
-    trainer = build(tiny_policy, tmp_path_factory.mktemp("trainer"), lora=request.param)
-    if request.param:  # the B matrices start at 0, and with them the gradient of the A matrices
+    lora, packed = request.param
+    trainer = build(tiny_policy, tmp_path_factory.mktemp("trainer"), lora=lora, packed_update=packed)
+    if lora:  # the B matrices start at 0, and with them the gradient of the A matrices
         for name, parameter in trainer.model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.1)
@@ -124,7 +136,7 @@ def test_gradient_equals_that_over_all_rows(trainer, loss_type, level, tools):
 @pytest.mark.parametrize("zeros", [(), range(8), range(1, 8)], ids=["none", "all", "all but one"])
 def test_gradient_for_extreme_shares(trainer, loss_type, zeros):
     trainer.loss_type, trainer.importance_sampling_level = loss_type, "token"
-    assert relative_error(trainer, [random_batch(3), random_batch(4, zeros=tuple(zeros), old=False)]) < 1e-5
+    assert relative_error(trainer, [random_batch(3, old=False), random_batch(4, zeros=tuple(zeros), old=False)]) < 1e-5
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dapo"])
@@ -170,7 +182,9 @@ def largest_difference(first: dict, second: dict) -> float:
 
 def with_and_without_skipping(policy, folder, trainer_class=GD2POTrainer, **overrides):
     """Train twice; returns the trainer that skipped and the largest difference between the parameters."""
-    stock = build(policy, folder / "all", trainer_class, skip_zero_advantage_rows=False, **overrides)
+    stock = build(
+        policy, folder / "all", trainer_class, skip_zero_advantage_rows=False, packed_update=False, **overrides
+    )
     start = {name: p.detach().clone() for name, p in stock.model.named_parameters() if p.requires_grad}
     expected = train(stock)
     assert largest_difference(start, expected) > 1e-4
@@ -252,15 +266,6 @@ def test_empty_micro_batches_cost_no_forward(tiny_policy, tmp_path, monkeypatch)
     trainer.train()
     assert rows["old"] == []
     assert sum(rows["update"]) == 9 and 3 <= len(rows["update"]) <= 4
-
-
-def test_first_micro_batch_is_never_empty(tiny_policy, tmp_path, monkeypatch):
-    """Only a backward pass tells which parameters get a gradient."""
-    monkeypatch.setattr(ScriptedTrainer, "script", [NOTHING])
-    trainer = build(tiny_policy, tmp_path, ScriptedTrainer, max_steps=3)
-    rows = count_rows(trainer)
-    trainer.train()
-    assert rows["update"] == [1]
 
 
 class TrainerOfUnusedParameters(ScriptedTrainer):
@@ -345,22 +350,22 @@ def test_every_row_is_trained_without_a_word_where_asked_for(tiny_policy, tmp_pa
     with caplog.at_level(logging.WARNING):
         trainer = build(tiny_policy, tmp_path, skip_zero_advantage_rows=False)
     assert reasons(caplog) == []
-    assert trainer._skipping_off is not None
+    assert trainer._update.skipping_off is not None
 
 
 def test_reasons_that_lie_in_the_model_or_in_trl(trainer, monkeypatch):
-    assert trainer._reason_to_train_all_rows() is None
+    assert reason_to_train_all_rows(trainer) is None
     for name, value, reason in [
         ("aux_loss_enabled", True, "mixture-of-experts"),
         ("loss_type", "new_in_trl", "'new_in_trl' is unknown"),
     ]:
         with monkeypatch.context() as patch:
             patch.setattr(trainer, name, value)
-            assert reason in trainer._reason_to_train_all_rows()
+            assert reason in reason_to_train_all_rows(trainer)
     monkeypatch.setattr(trainer, "compute_liger_loss", lambda: None, raising=False)
-    assert trainer._reason_to_train_all_rows() is None
+    assert reason_to_train_all_rows(trainer) is None
     monkeypatch.setattr(trainer.args, "use_liger_kernel", True, raising=False)
-    assert "Liger" in trainer._reason_to_train_all_rows()
+    assert "Liger" in reason_to_train_all_rows(trainer)
 
 
 class TrainerOfTokenAdvantages(GD2POTrainer):
@@ -429,8 +434,8 @@ def test_two_processes_with_uneven_shares(tiny_policy, tmp_path):
         assert first["processes"] == 2
         assert first["moved"] > 1e-4
         assert max(first["difference"], second["difference"]) < 1e-6
-        # Either process runs as many rows as the one with more of them, and one where neither has any.
+        # Either process has as many rows in TRL's loss as the one with more of them, and none where neither has any.
         assert first["rows"] == second["rows"]
-        assert min(first["rows"]) == 1 and 12 <= sum(first["rows"][:2]) < 16
+        assert 12 <= sum(first["rows"][:2]) < 16
         assert first["trained_rows"] == second["trained_rows"]
         assert first["trained_rows"][:2] == [15 / 32, 0.0]

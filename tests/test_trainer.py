@@ -123,7 +123,12 @@ def test_sum_then_normalize_leaves_stock_advantages(build, caplog):
     stock_spy = Spy(stock)
     stock.train()
     with caplog.at_level(logging.WARNING):
-        ours = build(multi_objective_aggregation="sum_then_normalize", skip_zero_advantage_rows=False)
+        ours = build(
+            multi_objective_aggregation="sum_then_normalize",
+            skip_zero_advantage_rows=False,
+            packed_update=False,
+            keep_prompts_together=False,
+        )
     assert sum("do not apply" in record.message for record in caplog.records) == 1
     ours_spy = Spy(ours)
     ours.train()

@@ -109,3 +109,8 @@ def tiny_settings(output_dir: Path) -> dict:
         "disable_tqdm": True,
         "seed": 7,
     }
+
+
+def varied_dataset(rows: int = 32) -> Dataset:
+    """Prompts of 1 to 24 characters, of which some are equal."""
+    return Dataset.from_dict({"prompt": ["say something long: xyzw"[: 1 + (row * 7) % 24] for row in range(rows)]})

@@ -30,7 +30,9 @@ def main(policy: Path, folder: Path) -> None:
     results = []
     for settings in SETTINGS:
         overrides = {"steps_per_generation": 2, "weight_decay": 0.1, **settings}
-        stock = build(policy, folder, ScriptedTrainer, skip_zero_advantage_rows=False, **overrides)
+        stock = build(
+            policy, folder, ScriptedTrainer, skip_zero_advantage_rows=False, packed_update=False, **overrides
+        )
         start = {name: parameter.detach().clone() for name, parameter in stock.model.named_parameters()}
         expected = train(stock)
         skipping = build(policy, folder, ScriptedTrainer, **overrides)
