@@ -2,12 +2,12 @@
 One command, one GPU, under ten minutes, no network: what training costs there, and whether it learns.
 
 1. Update time and peak memory of ours against TRL's `GRPOTrainer`: a model of Qwen2.5-1.5B's shape with random weights
-   and a byte tokenizer, LoRA, bfloat16, gradient checkpointing; no rollout dropped, and half of them. "Update" is a
-   whole optimizer step less generation and scoring; the completions are fixed.
+   and a byte tokenizer, LoRA, bfloat16 (float16 where the GPU has no bfloat16), gradient checkpointing; no rollout
+   dropped, and half of them. "Update" is a whole optimizer step less generation and scoring; the completions are fixed.
 2. The time that the advantages of a generation batch take.
 3. A longer run of the quickstart's task, with GDPO and with GD²PO-Hard.
 
-    python benchmarks/gpu.py        # writes benchmarks/results/gpu-cuda.json
+    python benchmarks/gpu.py        # writes benchmarks/results/gpu-cuda.json, and prints it
 
 Without a GPU it runs at a reduced size, writes gpu-cpu.json, and says there that the figures of a GPU are missing.
 """
@@ -28,7 +28,19 @@ import trl
 from advantages import formula_of_trl, ours, seconds
 from datasets import Dataset
 from peft import LoraConfig
-from step_time import Clock, Ours, Scale, StepTimer, Stock, Stopwatch, fix_completions, run_in_turn, step_args, table
+from step_time import (
+    Clock,
+    Ours,
+    Scale,
+    StepTimer,
+    Stock,
+    Stopwatch,
+    fix_completions,
+    half_precision,
+    run_in_turn,
+    step_args,
+    table,
+)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -47,6 +59,7 @@ from gd2po_trl.run_log import held_out_change, series
 from gd2po_trl.training import run_recipe
 
 
+PARTS = ("update", "advantages", "learning")
 METHODS = ("gdpo", "gd2po_hard")
 MISSING = "The figures of a GPU are missing: there is none here. These are from a CPU, at a reduced size."
 
@@ -136,7 +149,6 @@ def spaces(completions, **kwargs):
 def build(trainer_class, size: Size, device: str, folder: str):
     """A trainer on a new policy, with the instruments of `step_time`."""
     torch.manual_seed(0)
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
     config = Qwen2Config(
         **size.shape,
         tie_word_embeddings=True,
@@ -146,7 +158,7 @@ def build(trainer_class, size: Size, device: str, folder: str):
         eos_token_id=1,
     )
     with torch.device(device):  # the initial weights of 1.5 billion parameters take minutes on a CPU
-        policy = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        policy = AutoModelForCausalLM.from_config(config, dtype=half_precision(device))
     args = step_args(
         folder,
         device,
@@ -266,6 +278,7 @@ def measure_learning(size: Size, device: str) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=list(SIZES), help="default: cuda where there is a GPU")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all of them")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -291,13 +304,16 @@ def main() -> None:
             "trl": trl.__version__,
             "gd2po_trl": gd2po_trl.__version__,
         },
+        "precision": str(half_precision(device)).removeprefix("torch."),
         "size": asdict(size),
     }
     for name, measure in {"update": measure_update, "advantages": measure_advantages}.items():
-        result[name] = measure(size, device)
-        print(table(result[name], {key: key for key in result[name][0]}), end="\n\n", flush=True)
-    result["learning"] = measure_learning(size, device)
-    for run in result["learning"]:
+        if name in arguments.parts:
+            result[name] = measure(size, device)
+            print(table(result[name], {key: key for key in result[name][0]}), end="\n\n", flush=True)
+    if "learning" in arguments.parts:
+        result["learning"] = measure_learning(size, device)
+    for run in result.get("learning", []):
         change = ", ".join(f"{name} {before:.2f} -> {after:.2f}" for name, (before, after) in run["held_out"].items())
         print(f"{run['method']}: {run['steps']} steps in {run['wall_s']} s; held out: {change}")
     result["total_wall_s"] = round(time.perf_counter() - start, 1)
@@ -305,6 +321,7 @@ def main() -> None:
     output = arguments.output or Path(__file__).parent / "results" / f"gpu-{device}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(result))
     print(f"{result['total_wall_s']} s in total. Written: {output.name}")
 
 

@@ -148,12 +148,20 @@ def even_words(completions, **kwargs):
     return [float(sum(int(word[1:]) % 2 == 0 for word in completion.split())) for completion in completions]
 
 
+def half_precision(device: str) -> torch.dtype:
+    """What a policy on `device` is trained in: GPUs before Ampere, such as the T4, have no bfloat16."""
+    if device == "cpu":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
+
+
 def step_args(folder: str, device: str, **settings) -> GD2POConfig:
     """Settings of a trainer whose steps are timed: it stays as it is, and neither logs nor saves."""
     return GD2POConfig(
         output_dir=folder,
         use_cpu=device == "cpu",
-        bf16=device == "cuda",
+        bf16=half_precision(device) is torch.bfloat16,
+        fp16=half_precision(device) is torch.float16,
         max_steps=1,
         learning_rate=0.0,
         report_to="none",
