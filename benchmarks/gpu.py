@@ -2,8 +2,8 @@
 One command, one GPU, under ten minutes, no network: what training costs there, and whether it learns.
 
 1. Update time and peak memory of ours against TRL's `GRPOTrainer`: a model of Qwen2.5-1.5B's shape with random weights
-   and a byte tokenizer, LoRA, bfloat16 (float16 where the GPU has no bfloat16), gradient checkpointing; no rollout
-   dropped, and half of them. "Update" is a whole optimizer step less generation and scoring; the completions are fixed.
+   and a byte tokenizer, LoRA, bfloat16 (float16 where the GPU has none), gradient checkpointing; no rollout dropped,
+   and half of them. "Update" is a whole optimizer step less generation and scoring; the completions are fixed.
 2. The time that the advantages of a generation batch take.
 3. A longer run of the quickstart's task, with GDPO and with GD²PO-Hard.
 

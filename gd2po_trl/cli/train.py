@@ -21,6 +21,8 @@ Trains a policy as a recipe describes. Every key of a recipe is an option, and a
   accelerate launch -m gd2po_trl.cli train --config recipe.yaml
 
   --config RECIPE.yaml   the recipe; `gd2po recipes list` shows those that come with the package
+  --dry-run              data, rewards, lengths, batches, steps and expected memory, in seconds, and no training
+  --completions FILE     with --dry-run: completions to score, instead of the data's own gold ones
   --help-all             every key with its meaning and default
 """
 
@@ -36,7 +38,16 @@ def main(argv: list[str]) -> int:
     if "--help-all" in argv:
         print_options()
         return 0
+    is_dry, completions, argv = _take_dry_run(argv)
     recipe = load_recipe(*split_arguments(argv, "gd2po train"))
+    if is_dry:
+        from accelerate import PartialState
+
+        from ..dry_run import dry_run
+
+        report = dry_run(recipe, completions)
+        PartialState().print(report)
+        return 0
 
     from ..progress import RewardProgress
     from ..training import run_recipe
@@ -70,6 +81,20 @@ def print_end(trainer: "Trainer", console: "Console | None" = None) -> None:
         steps[f"gd2po merge {folder}"] = "the adapter merged into its model"
     for command, purpose in steps.items():
         console.print(f"  {command}\n      {purpose}", soft_wrap=True)
+
+
+def _take_dry_run(argv: list[str]) -> tuple[bool, str | None, list[str]]:
+    """Whether it is a dry run, its file of completions, and the other words."""
+    parser = argparse.ArgumentParser(prog="gd2po train", add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--dry-run", "--dry_run", action="store_true")
+    parser.add_argument("--completions")
+    try:
+        known, others = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise UsageError(str(error)) from error
+    if known.completions is not None and not known.dry_run:
+        raise UsageError("--completions goes with --dry-run: training generates its own completions.")
+    return known.dry_run, known.completions, others
 
 
 def split_arguments(argv: list[str], command: str) -> tuple[str | None, list[str]]:
