@@ -87,6 +87,15 @@ def save_policy(shape: str, folder: str) -> None:
     qwen_tokenizer().save_pretrained(folder)
 
 
+def characters(completions, **kwargs):
+    """Random policies earn the same from the recipe's own rewards, and nothing would be trained."""
+    return [float(len(completion[-1]["content"])) for completion in completions]
+
+
+def spaces(completions, **kwargs):
+    return [float(completion[-1]["content"].count(" ")) for completion in completions]
+
+
 class PeakMemory(threading.Thread):
     """Samples this process's own memory, and keeps the largest value of each phase."""
 
@@ -171,6 +180,7 @@ def main() -> None:
             "dataset_split": "train",
         }
         words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+        words += ["--reward_funcs", "full_shapes.characters", "full_shapes.spaces", "--reward_kwargs", "{}"]
         recipe = load_recipe(recipe_path(arguments.recipe), [*words, *overrides])
         memory = PeakMemory()
         phases = Phases(memory)

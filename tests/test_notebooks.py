@@ -26,6 +26,7 @@ TINY = {
     "OVERRIDES |= {'max_steps': 1, 'per_device_train_batch_size': 16, 'generation_batch_size': 16}",
     "04_helpful_harmless": "WARMUP_STEPS = 5\nTRAINING |= {'max_steps': 1, 'per_device_train_batch_size': 16}",
     "05_do_my_rewards_conflict": "WARMUP_STEPS = 2\nTRAINING |= {'max_steps': 2, 'per_device_train_batch_size': 16}",
+    "06_gpu_benchmark": "PARTS = ['advantages']",
 }
 ABSOLUTE_PATH = re.compile(r"(?<![\w./:])/(home|root|tmp|work|usr|opt|mnt|private|var|Users|content)/|\b[A-Z]:\\\\")
 ON_CPU = {"use_cpu": True, "bf16": False}
