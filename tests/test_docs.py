@@ -184,6 +184,10 @@ def test_commands_parse(block, tmp_path, monkeypatch):
             assert {word for word in words[1:] if "=" not in word} <= set(targets), words
         elif program in ("pip", "pytest"):
             assert_pip_or_pytest(words)
+        elif words[:2] == ["uv", "run"]:
+            assert Path(words[2]).is_file() and "# /// script" in Path(words[2]).read_text(encoding="utf-8"), words
+        elif words[:3] == ["uv", "tool", "run"]:
+            assert_gd2po_parses(words[words.index("gd2po") + 1 :], tmp_path, monkeypatch)
         else:
             assert program in ("cd", "git", "vllm", "python", "python3", "source", "pre-commit"), words
 
