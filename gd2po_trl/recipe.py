@@ -232,6 +232,10 @@ def _options(words: list[str], kinds: Sequence[type], command: str) -> dict[str,
                 raise UsageError(f"Unknown option --{name}.{suggestion(name, keys, command)}")
         elif not is_value and name in keys and (name != word.replace("-", "_") or "=" in word):
             raise UsageError(f"'{word}' is no option of {command}. Did you mean `--{name}`, with two dashes?")
+    options = {option for action in parser._actions for option in action.option_strings}
+    for index, word in enumerate(words):
+        if word.startswith("--no_") and word not in options and word[5:] in keys:
+            words[index] = f"--{word[5:]}=false"  # argparse has it for what is true by default alone
     for action in parser._actions:
         action.default, action.required = argparse.SUPPRESS, False
     starts = [index for index, word in enumerate(words) if word.startswith("--")]

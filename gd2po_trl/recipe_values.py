@@ -177,6 +177,17 @@ def _check_range(name: str, value: float, is_possible: Callable[[float], bool], 
         raise UsageError(f"`{name}` is {value!r}; it {what}.")
 
 
+def plain(value: Any) -> Any:
+    """`value` in the types that YAML and JSON know; enumerations become their values."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set)):
+        return [plain(item) for item in value]
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    return plain(value.value) if hasattr(value, "value") else str(value)
+
+
 _REMOTE_CODE = (
     "`{key}` in {source} would run code from the Hub, which a recipe cannot ask for. If you trust the model, give "
     "--{option} on the command line."

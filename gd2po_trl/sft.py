@@ -6,13 +6,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
+from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from .datasets import load_dataset_by_name
 from .errors import UsageError
+from .packages import check_packages
+from .policy import check_model, load_tokenizer, policy_arguments
 from .progress import RewardProgress
 from .recipe import DatasetArguments, Recipe, parse_recipe
-from .training import check_model, load_tokenizer, model_init_kwargs, one_clear_error, prepare_output, train_and_save
+from .training import one_clear_error, prepare_output, train_and_save
 
 
 if TYPE_CHECKING:
@@ -64,7 +66,8 @@ def run_sft(recipe: Recipe, *, progress: RewardProgress | None = None) -> SFTTra
     Raises:
         [`UsageError`]: for a model, a data set or a checkpoint that is not there, and for data without completions.
     """
-    arguments, training, model = recipe.arguments, recipe.training, recipe.model
+    arguments, training = recipe.arguments, recipe.training
+    check_packages(training)
     checkpoint = prepare_output(recipe)
     check_model(recipe)
     with training.main_process_first(desc="loading the data"):
@@ -81,15 +84,12 @@ def run_sft(recipe: Recipe, *, progress: RewardProgress | None = None) -> SFTTra
         if training.max_length is not None:
             dataset = _drop_long_examples(dataset, tokenizer, training.max_length)
 
-    training.model_init_kwargs = model_init_kwargs(recipe)
     with one_clear_error():
         trainer = SFTTrainer(
-            model=model.model_name_or_path,
+            **policy_arguments(recipe),
             args=training,
             train_dataset=dataset,
             processing_class=tokenizer,
-            quantization_config=get_quantization_config(model),
-            peft_config=get_peft_config(model),
         )
     if progress is not None:
         progress.attach(trainer)

@@ -1,6 +1,5 @@
 """A training run as a recipe describes it, from its files to the saved policy."""
 
-import importlib.util
 import logging
 import platform
 from collections.abc import Iterator, Sequence
@@ -12,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from .checkpoints import checkpoint_to_resume
 from .datasets import load_dataset_by_name
 from .errors import UsageError
+from .packages import check_packages
+from .policy import check_model, load_tokenizer, policy_arguments
 from .recipe import Recipe
 from .recipe_files import dump_recipe
 from .rewards import resolve_reward
@@ -20,7 +21,7 @@ from .rewards.guard import RewardError
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+    from transformers import Trainer, TrainerCallback
 
     from .gd2po_trainer import GD2POTrainer
 
@@ -49,34 +50,25 @@ def run_recipe(recipe: Recipe, *, callbacks: Sequence["TrainerCallback"] = ()) -
     Raises:
         [`UsageError`]: for a model, a reward, a data set, a column, a checkpoint or vLLM that is not there.
     """
-    arguments, training, model = recipe.arguments, recipe.training, recipe.model
+    arguments, training = recipe.arguments, recipe.training
     reward_funcs = [resolve_reward(label, arguments.reward_kwargs.get(label)) for label in arguments.reward_funcs]
     _check_reward_kwargs(arguments)
-    if training.use_vllm and importlib.util.find_spec("vllm") is None:
-        raise UsageError(
-            "`use_vllm` is true, and vLLM is not installed: `pip install 'gd2po-trl[vllm]'`, or set `use_vllm` to "
-            "false, which is much slower."
-        )
+    check_packages(training)
     checkpoint = prepare_output(recipe)
     check_model(recipe)
     train_dataset, eval_dataset = load_datasets(recipe)
 
-    from trl import get_peft_config, get_quantization_config
-
     from .gd2po_trainer import GD2POTrainer
     from .progress import RewardProgress
 
-    training.model_init_kwargs = model_init_kwargs(recipe)
     with one_clear_error():
         trainer = GD2POTrainer(
-            model=model.model_name_or_path,
+            **policy_arguments(recipe),
             reward_funcs=reward_funcs,
             args=training,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=load_tokenizer(recipe, train_dataset),
-            quantization_config=get_quantization_config(model),
-            peft_config=get_peft_config(model),
         )
         for reward_func in reward_funcs:
             # Dead weights, an unreachable server or an inverted direction show before the first generation.
@@ -89,16 +81,6 @@ def run_recipe(recipe: Recipe, *, callbacks: Sequence["TrainerCallback"] = ()) -
             trainer.add_callback(callback)
     train_and_save(trainer, recipe, checkpoint)
     return trainer
-
-
-def model_init_kwargs(recipe: Recipe) -> dict[str, Any]:
-    """Keyword arguments of `from_pretrained` for the policy."""
-    return {
-        "revision": recipe.model.model_revision,
-        "attn_implementation": recipe.model.attn_implementation,
-        "dtype": recipe.model.dtype,
-        **(recipe.training.model_init_kwargs or {}),
-    }
 
 
 def prepare_output(recipe: Recipe) -> str | None:
@@ -140,56 +122,6 @@ def train_and_save(trainer: "Trainer", recipe: Recipe, checkpoint: str | None) -
     trainer.save_model(recipe.training.output_dir)
     if recipe.training.push_to_hub:
         trainer.push_to_hub()
-
-
-def check_model(recipe: Recipe) -> None:
-    """
-    Find out whether the policy can be loaded, from its configuration alone.
-
-    Raises:
-        [`UsageError`]: if it cannot.
-    """
-    from transformers import AutoConfig
-
-    name = recipe.model.model_name_or_path
-    folder = Path(name).expanduser()
-    if not folder.is_dir() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
-        raise UsageError(f"`model_name_or_path` is '{name}', and there is no such folder.")
-    try:
-        AutoConfig.from_pretrained(
-            name, revision=recipe.model.model_revision, trust_remote_code=recipe.training.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"`model_name_or_path` is '{name}', which cannot be loaded: {reason}") from error
-
-
-def load_tokenizer(recipe: Recipe, dataset: "Dataset") -> "PreTrainedTokenizerBase":
-    """
-    The policy's tokenizer for `dataset`, set up as TRL does, except that completions stay text.
-
-    TRL parses a completion into fields where the tokenizer has a response template, and what the rewards of a recipe
-    read, such as `<think>` or `<tool_call>`, would then be gone from its content.
-    """
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(
-        recipe.model.model_name_or_path,
-        revision=recipe.model.model_revision,
-        trust_remote_code=recipe.training.trust_remote_code,
-        padding_side="left",
-        truncation_side="left",
-    )
-    for attribute in ("response_template", "response_schema"):
-        if getattr(tokenizer, attribute, None) is not None:
-            logger.info(f"The {attribute} of the tokenizer is left out: rewards read completions as text.")
-            setattr(tokenizer, attribute, None)
-    if tokenizer.chat_template is None and not isinstance(dataset[0]["prompt"], str):
-        raise UsageError(
-            f"The prompts are lists of messages, and the tokenizer of '{recipe.model.model_name_or_path}' has no chat "
-            "template. Take an instruction-tuned policy, or prompts that are text."
-        )
-    return tokenizer
 
 
 def load_datasets(recipe: Recipe) -> tuple["Dataset", "Dataset | None"]:

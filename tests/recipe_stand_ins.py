@@ -105,7 +105,7 @@ def swap_reward(folder: Path, label: str, kwargs: dict[str, Any]) -> dict[str, A
         else:
             raise KeyError(f"no tiny stand-in for the reward model {name}; write one here")
         # Quantisation needs bitsandbytes and is a matter of size.
-        kept = {key: value for key, value in kwargs.items() if key not in ("load_in_4bit", "load_in_8bit")}
+        kept = {**kwargs, **{key: False for key in ("load_in_4bit", "load_in_8bit") if key in kwargs}}
         # A random model has no direction that a self-check could confirm.
         return {**kept, "model": str(model), "self_check": False}
     raise KeyError(f"no tiny stand-in for a reward of type {kind}; write one here")

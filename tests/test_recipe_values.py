@@ -308,3 +308,12 @@ def test_an_option_in_another_shape(write, words, meant):
 def test_a_value_that_looks_like_an_option_is_a_value(write):
     assert load_recipe(write(MINIMAL), ["--run_name", "seed=3"]).training.run_name == "seed=3"
     assert load_recipe(write(MINIMAL), ["--learning-rate=1e-4"]).training.learning_rate == 1e-4
+
+
+def test_whatever_is_true_can_be_switched_off(write):
+    path = write({**MINIMAL, "bf16": True, "use_peft": True})
+    recipe = load_recipe(path, ["--no_bf16", "--no_use_peft", "--no_skip_zero_advantage_rows"])
+    assert (recipe.training.bf16, recipe.model.use_peft) == (False, False)
+    assert recipe.training.skip_zero_advantage_rows is False
+    with pytest.raises(UsageError, match="learning_rate"):
+        load_recipe(path, ["--no_learning_rate"])
