@@ -16,17 +16,12 @@ from typing import TYPE_CHECKING, Any
 from .checkpoints import checkpoint_to_resume
 from .errors import UsageError
 from .memory import Peak, PolicySize, activations_gb, meta_model, peak, policy_size, weight_bytes
+from .packages import check_packages
+from .policy import check_model, load_tokenizer, model_init_kwargs, whole_model
 from .preflight import check_before_loading
 from .recipe import Recipe
 from .rewards import resolve_reward
-from .training import (
-    _check_reward_kwargs,
-    check_model,
-    load_datasets,
-    load_tokenizer,
-    model_init_kwargs,
-    one_clear_error,
-)
+from .training import _check_reward_kwargs, load_datasets, one_clear_error
 
 
 if TYPE_CHECKING:
@@ -111,6 +106,7 @@ def dry_run(recipe: Recipe, completions: str | None = None) -> str:
     arguments, training = recipe.arguments, recipe.training
     rewards = [resolve_reward(label, arguments.reward_kwargs.get(label)) for label in arguments.reward_funcs]
     _check_reward_kwargs(arguments)
+    check_packages(training)
     checkpoint = checkpoint_to_resume(training.resume_from_checkpoint, training.output_dir)
     check_model(recipe)
     dataset, evaluation = load_datasets(recipe)
@@ -120,7 +116,8 @@ def dry_run(recipe: Recipe, completions: str | None = None) -> str:
         call.arguments["eval_dataset"] = evaluation
         check_before_loading(call)
     tokenizer = load_tokenizer(recipe, dataset)
-    config = AutoConfig.from_pretrained(recipe.model.model_name_or_path, revision=recipe.model.model_revision)
+    name, revision = whole_model(recipe)
+    config = AutoConfig.from_pretrained(name, revision=revision)
 
     plan = batches(training, len(dataset), processes)
     watch: list[str] = []

@@ -81,6 +81,14 @@ def read_adapter(recipe: Recipe) -> "PeftConfig | None":
         ) from error
 
 
+def whole_model(recipe: Recipe) -> tuple[str, str | None]:
+    """Name and revision of the model whose weights are loaded: the policy itself, or the model of the adapter."""
+    adapter = read_adapter(recipe)
+    if adapter is not None:
+        return adapter.base_model_name_or_path, adapter.revision
+    return recipe.model.model_name_or_path, recipe.model.model_revision
+
+
 def _reason_not_to_load(name: str, revision: str | None, recipe: Recipe) -> str | None:
     from transformers import AutoConfig
 

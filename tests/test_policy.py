@@ -88,6 +88,11 @@ def test_an_adapter_trains_on(write, adapter, tiny_policy, tmp_path, caplog):
     assert (written["lora_r"], written["use_peft"]) == (2, True)
 
 
+def test_a_dry_run_of_an_adapter(write, adapter, capsys):
+    assert main(["train", "--config", str(write()), "--dry-run"]) == 0
+    assert f"Policy    {adapter}" in capsys.readouterr().out
+
+
 def test_kl_is_measured_from_the_adapter(write, adapter):
     trainer = run_recipe(load_recipe(write(beta=0.1, learning_rate=0.0)))
     logged = [entry["kl"] for entry in trainer.state.log_history if "kl" in entry]
