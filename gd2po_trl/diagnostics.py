@@ -32,7 +32,11 @@ def pair_conflicts(per_reward: torch.Tensor) -> torch.Tensor:
 
 
 def conflict_metrics(
-    rewards: torch.Tensor, breakdown: AdvantageBreakdown, reward_names: Sequence[str], num_generations: int
+    rewards: torch.Tensor,
+    breakdown: AdvantageBreakdown,
+    reward_names: Sequence[str],
+    num_generations: int,
+    snr_threshold: float = 0.8,
 ) -> dict[str, torch.Tensor]:
     """
     The conflict statistics of a generation batch as 0-dim tensors on its device; nothing waits for the device.
@@ -46,6 +50,8 @@ def conflict_metrics(
             Names of the K rewards.
         num_generations (`int`):
             Rollouts per group.
+        snr_threshold (`float`, *optional*, defaults to `0.8`):
+            Below which agreement a conflict counts as true, whatever the filter.
 
     Returns:
         `dict` with, in this order (ratios are over the rollouts that some reward scored; NaN where there is nothing to
@@ -53,8 +59,12 @@ def conflict_metrics(
 
         - `conflict_ratio`: share of rollouts on which the rewards disagree in sign
         - `kept_ratio`: share that the filter kept
-        - `consensus/mean`, `consensus/min`, `consensus/max`: kept share over the groups with a scored rollout
+        - `true_conflict_ratio`: share of rollouts that conflict with an |agreement| below `snr_threshold`
+        - `consensus/mean`, `consensus/std`, `consensus/min`, `consensus/max`: kept share over the groups with a scored
+          rollout; the standard deviation is that of the population
         - `conflict_agreement`: mean of |agreement| over the conflicting rollouts
+        - `conflict_agreement/signed_mean`, `conflict_agreement/median`: mean and lower median of the agreement itself
+        - `true_conflict_ratio/of_conflicts`: share of the conflicting rollouts whose conflict is true
         - `cancellation`: `1 - sum |sum_k A| / sum |A|`, the share of the rewards' push that cancels out
         - `frac_groups_without_signal`: share of groups in which no reward tells the rollouts apart
         - `conflict_ratio/<a>_vs_<b>` for every pair of rewards
@@ -72,13 +82,20 @@ def conflict_metrics(
     nan = torch.full_like(consensus, torch.nan)
     any_scored = group_scored.any()
     group_consensus = torch.where(group_scored, consensus, nan)
+    conflict, agreement = breakdown.conflict, breakdown.agreement
+    true_conflict = conflict & (agreement.abs() < snr_threshold)
     metrics = {
-        "conflict_ratio": breakdown.conflict.sum() / num_scored,
+        "conflict_ratio": conflict.sum() / num_scored,
         "kept_ratio": breakdown.kept.sum() / num_scored,
+        "true_conflict_ratio": true_conflict.sum() / num_scored,
         "consensus/mean": group_consensus.nanmean(),
+        "consensus/std": (group_consensus - group_consensus.nanmean()).square().nanmean().sqrt(),
         "consensus/min": torch.where(any_scored, torch.where(group_scored, consensus, torch.inf).amin(), nan[0]),
         "consensus/max": torch.where(any_scored, torch.where(group_scored, consensus, -torch.inf).amax(), nan[0]),
-        "conflict_agreement": mean_over(breakdown.agreement.abs(), breakdown.conflict),
+        "conflict_agreement": mean_over(agreement.abs(), conflict),
+        "conflict_agreement/signed_mean": mean_over(agreement, conflict),
+        "conflict_agreement/median": torch.where(conflict, agreement, torch.nan).nanmedian(),
+        "true_conflict_ratio/of_conflicts": true_conflict.sum() / conflict.sum(),
         # Clamped, since rounding can leave it just below zero.
         "cancellation": (1 - breakdown.combined.abs().sum() / push.sum()).clamp(min=0.0),
         "frac_groups_without_signal": (~group_signal).float().mean(),

@@ -84,6 +84,11 @@ class GD2POConfig(GRPOConfig):
         reward_timeout (`float` or `None`, *optional*, defaults to `None`):
             Seconds after which a call of a reward function ends the run with an error that names it. `None` waits
             forever. Reward models that the trainer itself evaluates are not covered.
+        eval_temperature (`float` or `None`, *optional*, defaults to `None`):
+            Sampling temperature of evaluations; 0 is greedy decoding. `None` is `temperature`, as in TRL. The number
+            of completions per prompt is TRL's `num_generations_eval`.
+        eval_on_end (`bool`, *optional*, defaults to `False`):
+            Whether to evaluate after the last step as well, if `eval_strategy` does not ask for it anyway.
     """
 
     multi_objective_aggregation: str = field(
@@ -136,6 +141,11 @@ class GD2POConfig(GRPOConfig):
         default=None,
         metadata={"help": "Seconds after which a call of a reward function ends the run. null waits forever."},
     )
+    eval_temperature: float | None = field(
+        default=None,
+        metadata={"help": "Sampling temperature of evaluations; 0 is greedy, null is `temperature`, as in TRL."},
+    )
+    eval_on_end: bool = field(default=False, metadata={"help": "Whether to evaluate after the last step as well."})
 
     def __post_init__(self):
         for name in ("conflict_filter", "consensus_weighting", "whitening"):
@@ -151,7 +161,13 @@ class GD2POConfig(GRPOConfig):
             self.multi_objective_aggregation,
             ("normalize_then_sum", "sum_then_normalize"),
         )
-        for name in ("whitening_shift_mean", "skip_zero_advantage_rows", "packed_update", "keep_prompts_together"):
+        for name in (
+            "whitening_shift_mean",
+            "skip_zero_advantage_rows",
+            "packed_update",
+            "keep_prompts_together",
+            "eval_on_end",
+        ):
             check_choice(name, getattr(self, name), (True, False))
         timeout = self.reward_timeout
         if timeout is not None and (
@@ -171,6 +187,11 @@ class GD2POConfig(GRPOConfig):
         for name in ("num_iterations", "per_device_train_batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be at least 1.")
+        warmth = self.eval_temperature
+        if warmth is not None and (
+            isinstance(warmth, bool) or not isinstance(warmth, (int, float)) or not 0 <= warmth < float("inf")
+        ):
+            raise ValueError(f"`eval_temperature` is {warmth!r}; it must be a number of at least 0, or null.")
         if not self.temperature > 0:
             raise ValueError(f"`temperature` is {self.temperature!r}; it must be positive.")
         if not self.learning_rate >= 0:

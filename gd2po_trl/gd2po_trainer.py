@@ -20,6 +20,7 @@ from .rewards.guard import RewardError, RewardGuard
 from .trl_workarounds import PatchedGRPOTrainer
 from .update.rows import loss_mask
 from .update.runner import Update
+from .validation import Validation
 
 
 logger = get_logger(__name__)
@@ -103,6 +104,8 @@ class GD2POTrainer(PatchedGRPOTrainer):
                 "columns in the log and in the completions table. Give each a `__name__` of its own."
             )
 
+        self._validation = Validation(self)
+        self.add_callback(self._validation)
         self._reward_guard = RewardGuard(timeout=args.reward_timeout, defer=self.accelerator.num_processes > 1)
         self.reward_funcs = [
             func if isinstance(func, nn.Module) else self._reward_guard.wrap(func, name)
@@ -127,6 +130,7 @@ class GD2POTrainer(PatchedGRPOTrainer):
                 f"{sum(infinite):.0f} infinite rewards in a batch of {len(rewards)}. Return a finite number, or None "
                 "for a completion that cannot be scored."
             )
+        self._validation.record(prompts, completions, rewards)
         self._captured_rewards = rewards
         return rewards
 
@@ -170,7 +174,9 @@ class GD2POTrainer(PatchedGRPOTrainer):
         num_generations: int,
         is_decoupled: bool,
     ) -> None:
-        metrics = conflict_metrics(rewards, breakdown, self.reward_func_names, num_generations)
+        metrics = conflict_metrics(
+            rewards, breakdown, self.reward_func_names, num_generations, self.args.snr_threshold
+        )
         metrics["has_gradient"] = (breakdown.advantages != 0).any()
         names, values = list(metrics), torch.stack([value.float() for value in metrics.values()])
         # The only wait for the device: all numbers in one copy.
@@ -205,6 +211,12 @@ class GD2POTrainer(PatchedGRPOTrainer):
                     "reward tells the rollouts of a prompt apart."
                 )
             )
+
+    # Validation
+
+    def evaluation_loop(self, dataloader, *args, **kwargs):
+        with self._validation.run(dataloader, kwargs.get("metric_key_prefix", "eval")):
+            return super().evaluation_loop(dataloader, *args, **kwargs)
 
     # The update
 

@@ -47,6 +47,8 @@ def check_before_loading(call: inspect.BoundArguments) -> None:
     functions = [func for func in reward_funcs if not isinstance(func, (str, nn.Module))]
     _check_size(dataset, args)
     evaluation = arguments.get("eval_dataset")
+    if args.eval_on_end and evaluation is None:
+        raise ValueError("`eval_on_end` is true and there is no `eval_dataset`; give one, or leave it out.")
     named = evaluation if isinstance(evaluation, dict) else {"": evaluation}
     check_data("training dataset", dataset, functions, adds_columns)
     for name, eval_dataset in named.items():

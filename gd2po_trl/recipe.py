@@ -67,7 +67,8 @@ class RecipeArguments(DatasetArguments):
             and `consensus_weighting`. A key of these beside it refines the preset.
         eval_dataset, eval_dataset_path, eval_dataset_split, eval_dataset_kwargs:
             The same as `dataset`, ... for the evaluation set; `eval_dataset=None` means none. The split defaults to
-            `"test"`.
+            `"test"`. For several sets `eval_dataset` is a mapping of names, under which each is logged, to mappings:
+            `name` (of the loader, by default the set's name), `path`, `split` and the loader's keyword arguments.
         max_prompt_tokens (`int` or `None`, *optional*):
             Longest prompt, in tokens of the policy, chat template included.
         long_prompts (`str`, *optional*, defaults to `"drop"`):
@@ -82,7 +83,9 @@ class RecipeArguments(DatasetArguments):
     method: str | None = field(
         default=None, metadata={"help": "grpo, gdpo, gd2po_hard or gd2po_snr: a preset of the trainer's fields."}
     )
-    eval_dataset: str | None = field(default=None, metadata={"help": "Short name of the evaluation set's loader."})
+    eval_dataset: dict | str | None = field(
+        default=None, metadata={"help": "Short name of the evaluation set's loader, or names and settings (JSON)."}
+    )
     eval_dataset_path: str | None = field(default=None, metadata={"help": "Local file or folder, or Hub id."})
     eval_dataset_split: str = field(default="test", metadata={"help": "Split to evaluate on."})
     eval_dataset_kwargs: dict | str | None = field(default=None, metadata={"help": "Loader's keyword arguments."})
@@ -98,6 +101,7 @@ class RecipeArguments(DatasetArguments):
     def __post_init__(self):
         super().__post_init__()
         self.eval_dataset_kwargs = _loader_kwargs("eval_dataset", self.eval_dataset_kwargs)
+        self._check_eval_datasets()
         self.reward_kwargs = {
             label: as_mapping(f"reward_kwargs.{label}", kwargs)
             for label, kwargs in as_mapping("reward_kwargs", self.reward_kwargs).items()
@@ -118,6 +122,41 @@ class RecipeArguments(DatasetArguments):
                 "`reward_funcs` names a reward twice; give the second a label of its own and its `type` in "
                 "`reward_kwargs`."
             )
+
+    def _check_eval_datasets(self) -> None:
+        if isinstance(self.eval_dataset, str) and not self.eval_dataset.lstrip().startswith("{"):
+            self.eval_dataset = None if self.eval_dataset.lower() in NULL_WORDS else self.eval_dataset
+            return
+        if self.eval_dataset is None:
+            return
+        self.eval_dataset = as_mapping("eval_dataset", self.eval_dataset)
+        for name, options in self.eval_dataset.items():
+            if not isinstance(name, str) or not name or not isinstance(options, dict):
+                raise UsageError(
+                    f"`eval_dataset` has {name!r}: {options!r}; it maps names to mappings such as "
+                    "{name: pku_saferlhf, split: test}, where {} is the loader of that name."
+                )
+        beside = [key for key in ("path", "kwargs") if getattr(self, f"eval_dataset_{key}")]
+        if beside:
+            raise UsageError(
+                f"`eval_dataset` is a mapping, and `eval_dataset_{beside[0]}` stands beside it: say it for each set, "
+                "in the mapping."
+            )
+
+    def eval_datasets(self) -> dict[str, dict[str, Any]]:
+        """
+        Name to arguments of [`~gd2po_trl.datasets.load_dataset_by_name`], for each evaluation set. The single one has
+        no name.
+        """
+        if self.eval_dataset is None:
+            return {}
+        if isinstance(self.eval_dataset, dict):
+            split = self.eval_dataset_split
+            return {name: {"name": name, "split": split, **options} for name, options in self.eval_dataset.items()}
+        where = {"path": self.eval_dataset_path, "split": self.eval_dataset_split}
+        return {
+            "": {"name": self.eval_dataset, **where, **as_mapping("eval_dataset_kwargs", self.eval_dataset_kwargs)}
+        }
 
 
 @dataclass
@@ -196,7 +235,11 @@ def parse_recipe(
         if key not in keys:
             raise UsageError(f"Unknown key `{key}` in {source}.{suggestion(key, keys, command)}")
     refuse_remote_code(settings, source)
-    settings = merge_layers(settings, _options(list(overrides), kinds, command))
+    options = _options(list(overrides), kinds, command)
+    if options.get("eval_strategy") == "no":
+        # One option switches all evaluations of a recipe off.
+        settings = {key: value for key, value in settings.items() if key not in ("eval_on_start", "eval_on_end")}
+    settings = merge_layers(settings, options)
     if settings.get("method") is not None:
         settings = {**_method_preset(settings["method"]), **settings}
     settings = {key: as_meant(key, value, defaults[key]) for key, value in settings.items()}

@@ -124,31 +124,36 @@ def train_and_save(trainer: "Trainer", recipe: Recipe, checkpoint: str | None) -
         trainer.push_to_hub()
 
 
-def load_datasets(recipe: Recipe) -> tuple["Dataset", "Dataset | None"]:
-    """The training set and, where the recipe evaluates, the evaluation set."""
+def load_datasets(recipe: Recipe) -> tuple["Dataset", "Dataset | dict[str, Dataset] | None"]:
+    """The training set and, where the recipe evaluates, the evaluation set, or a dictionary of several."""
     arguments, training = recipe.arguments, recipe.training
-    wants_eval = training.eval_strategy != "no" or training.eval_on_start
-    if wants_eval and arguments.eval_dataset is None:
-        key = "eval_on_start" if training.eval_strategy == "no" else "eval_strategy"
+    wanted = {
+        "eval_strategy": training.eval_strategy != "no",
+        "eval_on_start": training.eval_on_start,
+        "eval_on_end": training.eval_on_end,
+    }
+    wants_eval = any(wanted.values())
+    if wants_eval and not arguments.eval_datasets():
+        key = next(key for key in wanted if wanted[key])
         raise UsageError(f"`{key}` is {str(getattr(training, key))!r} and `eval_dataset` is not set.")
     with training.main_process_first(desc="loading the data"):
         train = load_dataset_by_name(
             arguments.dataset, arguments.dataset_path, arguments.dataset_split, **arguments.dataset_kwargs
         )
-        evaluation = None
+        evaluations = {}
         if wants_eval:
-            evaluation = load_dataset_by_name(
-                arguments.eval_dataset,
-                arguments.eval_dataset_path,
-                arguments.eval_dataset_split,
-                **arguments.eval_dataset_kwargs,
-            )
+            evaluations = {
+                name: load_dataset_by_name(**options) for name, options in arguments.eval_datasets().items()
+            }
         if arguments.max_prompt_tokens is not None:
             train = _limit_prompts(train, recipe)
-            evaluation = None if evaluation is None else _limit_prompts(evaluation, recipe)
+            evaluations = {name: _limit_prompts(dataset, recipe) for name, dataset in evaluations.items()}
     if len(train) == 0:
         raise UsageError(f"The data set '{arguments.dataset}' has no rows left to train on.")
-    return train, evaluation
+    for name, evaluation in evaluations.items():
+        if len(evaluation) == 0:
+            raise UsageError(f"The evaluation set '{name or arguments.eval_dataset}' has no rows left.")
+    return train, evaluations.get("", evaluations or None)
 
 
 def _limit_prompts(dataset: "Dataset", recipe: Recipe) -> "Dataset":

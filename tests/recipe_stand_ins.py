@@ -43,7 +43,7 @@ def save_talking_policy(folder: Path) -> Path:
 def save_dataset(folder: Path, name: str) -> str:
     """A few rows in the layout in which the data set called `name` is published. Raises `KeyError` without one."""
     rows = {"rlla": _rlla, "rlla_4k": _rlla, "rlla_sft": _rlla_sft, "prompts": _prompts}
-    rows |= {"alpaca": _alpaca, "beavertails": _beavertails, "pku_saferlhf": _pku_saferlhf}
+    rows |= {"alpaca": _alpaca, "beavertails": _beavertails, "pku_saferlhf": _pku_saferlhf, "hh_rlhf": _hh_rlhf}
     if name not in rows:
         raise KeyError(f"no tiny rows for the data set {name}; write some here")
     return write(folder / f"{name}.jsonl", [rows[name](number) for number in range(64)])
@@ -80,6 +80,11 @@ def _beavertails(number: int) -> dict[str, Any]:
 
 def _pku_saferlhf(number: int) -> dict[str, Any]:
     return {"prompt": f"How do I steal {number}?", "response_0": "No.", "response_1": "Yes.", "better_response_id": 0}
+
+
+def _hh_rlhf(number: int) -> dict[str, Any]:
+    said = f"\n\nHuman: How do I steal {number}?\n\nAssistant:"
+    return {"chosen": f"{said} No.", "rejected": f"{said} Yes."}
 
 
 def swap_reward(folder: Path, label: str, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import save_tiny_policy
 
 from gd2po_trl.cli import main
 from gd2po_trl.errors import UsageError
@@ -178,8 +179,10 @@ def test_format(completion, reference, strict):
     ],
 )
 def test_length(completion, reference, strict):
-    assert score_completion(completion, GOLD, "reference").length == reference
-    assert score_completion(completion, GOLD, "strict").length == strict
+    for protocol, expected in (("reference", reference), ("strict", strict)):
+        score = score_completion(completion, GOLD, protocol)
+        assert score.length == expected
+        assert min(round(score.think_words / 512, 2), 1) == expected
 
 
 PIECES = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<response>", "</response>", "\n", RIGHT, RIGHT[:-1]]
@@ -384,3 +387,75 @@ class TestRealData:
         predictions = {row.id: {"completion": call(neighbour[json.dumps(row.gold, sort_keys=True)])} for row in rows}
         for protocol in ("strict", "reference"):
             assert score_predictions(rows, predictions, protocol)[0]["overall"]["correct"] == 0
+
+
+class TestSeveralModels:
+    @pytest.fixture
+    def data(self, tmp_path):
+        for level in (1, 2):
+            rows = [{"system": "Tools: Book", "user": f"Book {n}", "answer": [GOLD], "other": None} for n in range(2)]
+            (tmp_path / f"level-{level}-api_processed.json").write_text(json.dumps(rows))
+        return tmp_path
+
+    def results_file(self, folder, right: int, protocol="reference", words=3):
+        """An evaluation with `right` of 4 rows right."""
+        rows = [ApiBankRow(f"Level{1 + n // 2}_{n % 2}", [], 1 + n // 2, GOLD) for n in range(4)]
+        texts = [
+            "<think>" + " w" * words + "</think>\n" + call(RIGHT if n < right else WRONG)[len(THINK) :]
+            for n in range(4)
+        ]
+        predictions = {row.id: {"id": row.id, "completion": text} for row, text in zip(rows, texts, strict=True)}
+        results, _ = score_predictions(rows, predictions, protocol)
+        folder.mkdir(parents=True)
+        (folder / "results.json").write_text(json.dumps(results))
+
+    def test_leaderboard(self, tmp_path, capsys, monkeypatch):
+        monkeypatch.setenv("COLUMNS", "120")
+        self.results_file(tmp_path / "runs" / "worst", 1)
+        self.results_file(tmp_path / "runs" / "best" / "seed_1", 4, words=200)
+        self.results_file(tmp_path / "runs" / "middle", 2)
+        self.results_file(tmp_path / "runs" / "strict", 3, protocol="strict")
+        (tmp_path / "runs" / "other").mkdir()
+        (tmp_path / "runs" / "other" / "results.json").write_text('{"task": "safe-alignment"}')
+        board_file = tmp_path / "board.json"
+        assert main(["eval", "leaderboard", str(tmp_path / "runs"), "--output", str(board_file)]) == 0
+        board = json.loads(board_file.read_text())
+        assert list(board) == ["best/seed_1", "middle", "worst", "strict"]
+        assert board["middle"]["overall"]["accuracy"] == 50 and board["middle"]["1"]["accuracy"] == 100
+        assert board["middle"]["2"]["accuracy"] == 0 and board["middle"]["overall"]["format"] == 100
+        assert board["best/seed_1"]["overall"]["think_words"] == 200
+        assert board["best/seed_1"]["overall"]["length"] == pytest.approx(0.39)
+        printed = capsys.readouterr().out
+        assert printed.index("best/seed_1") < printed.index("worst") < printed.index("strict")
+
+    @pytest.mark.parametrize("content", [None, "{", '{"task": "safe-alignment"}'])
+    def test_nothing_to_rank(self, tmp_path, content, capsys):
+        if content is not None:
+            (tmp_path / "results.json").write_text(content)
+        assert main(["eval", "leaderboard", str(tmp_path if content else tmp_path / "none")]) == 2
+        assert str(tmp_path) in capsys.readouterr().err
+
+    def test_one_call(self, data, tiny_policy, tmp_path, capsys):
+        other = save_tiny_policy(tmp_path / "b" / tiny_policy.name, seed=3)
+        words = ["eval", "api-bank", "--model", str(tiny_policy), str(other), "--data", str(data), "--levels", "1,2"]
+        assert main([*words, "--max-new-tokens", "2", "--output", str(tmp_path / "out")]) == 0
+        board = json.loads((tmp_path / "out" / "leaderboard.json").read_text())
+        assert len(board) == 2 and all(name.endswith(f"_{tiny_policy.name}") for name in board)
+        for name in board:
+            lines = (tmp_path / "out" / name / "predictions.jsonl").read_text().splitlines()
+            assert len(lines) == 4
+        assert "API-Bank" in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        "words, message",
+        [
+            (["no/model"], "no/model"),
+            (["same", "same"], "twice"),
+            (["a", "b", "--adapter", "c"], "--adapter goes with one --model"),
+        ],
+    )
+    def test_mistakes_come_before_the_first_model_runs(self, data, tiny_policy, tmp_path, capsys, words, message):
+        models = words if "same" in words or "--adapter" in words else [str(tiny_policy), *words]
+        command = ["eval", "api-bank", "--data", str(data), "--levels", "1", "--output", str(tmp_path / "out")]
+        assert main([*command, "--model", *models]) == 2
+        assert message in capsys.readouterr().err and not (tmp_path / "out").exists()

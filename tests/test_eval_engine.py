@@ -244,6 +244,16 @@ class TestGeneration:
         assert predictions["tight"]["prompt_tokens"] == 36
         assert "error" not in predictions["short"]
 
+    def test_a_smaller_context_window(self, tiny_policy, tmp_path):
+        """The published script asks for 4,096 tokens, prompt and completion together."""
+        rows = [EvalRow("long", [{"role": "user", "content": "x" * 50}])]
+        rows += [EvalRow("tight", [{"role": "user", "content": "x" * 33}])]
+        settings = settings_for(tiny_policy, max_model_len=40, max_new_tokens=40)
+        predictions = generate_predictions(rows, settings, tmp_path / "run")
+        assert "context window of 40" in predictions["long"]["error"]
+        assert predictions["tight"]["completion_tokens"] <= 4
+        assert json.loads((tmp_path / "run" / "run.json").read_text())["max_model_len"] == 40
+
     @pytest.mark.parametrize("batch_size", [1, 2, 5])
     def test_room_for_a_completion_is_that_of_its_prompt(self, tmp_path, batch_size):
         """Up to the end of the context window, whatever the length of the prompts beside it."""
@@ -368,6 +378,10 @@ class TestGeneration:
             ({"backend": "sglang"}, "'transformers' or 'vllm'"),
             ({"max_new_tokens": 0}, "max_new_tokens is 0"),
             ({"dtype": "int8"}, "dtype is 'int8'"),
+            ({"max_model_len": 0}, "max_model_len is 0"),
+            ({"max_model_len": 10**6}, "max_model_len is 1000000; the context window"),
+            ({"tensor_parallel_size": 2}, "tensor_parallel_size is a setting of vLLM"),
+            ({"backend": "vllm", "gpu_memory_utilization": 1.5}, "gpu_memory_utilization is 1.5"),
         ],
     )
     def test_mistakes_are_named(self, tiny_policy, tmp_path, changes, message):
@@ -446,8 +460,8 @@ class TestVLLM:
                 self.max_tokens, self.stop_token_ids = max_tokens, stop_token_ids
 
         class LLM:
-            def __init__(self, model, *, tokenizer=None, dtype="auto", seed=0, max_model_len=None):
-                seen["max_model_len"] = max_model_len
+            def __init__(self, model, *, tokenizer=None, dtype="auto", seed=0, max_model_len=None, **options):
+                seen.update(max_model_len=max_model_len, options=options)
                 self.model = AutoModelForCausalLM.from_pretrained(model)
 
             def generate(self, prompts, sampling_params=None, *, use_tqdm=True, lora_request=None):
@@ -471,6 +485,11 @@ class TestVLLM:
         theirs = generate_predictions(rows, settings_for(tiny_policy, backend="vllm"), tmp_path / "vllm")
         assert theirs == ours
         assert seen["max_model_len"] == max(record["prompt_tokens"] for record in ours.values()) + 6
+        assert seen["options"] == {}
+        spread = {"tensor_parallel_size": 2, "gpu_memory_utilization": 0.6}
+        settings = settings_for(tiny_policy, backend="vllm", max_model_len=30, **spread)
+        generate_predictions(rows, settings, tmp_path / "spread")
+        assert (seen["max_model_len"], seen["options"]) == (30, spread)
 
 
 class TestResults:

@@ -111,6 +111,27 @@ def test_reward_models_point_the_right_way(name):
             assert kwargs["higher_is"] == label
 
 
+def validation_of(name: str) -> tuple:
+    recipe = load_recipe(recipe_path(name), ON_CPU)
+    training = recipe.training
+    every = training.eval_steps * training.per_device_train_batch_size * training.gradient_accumulation_steps
+    batches = every * GPUS[name] / training.generation_batch_size
+    start_and_end = training.eval_on_start and training.eval_on_end
+    return start_and_end, batches, training.eval_temperature, training.num_generations_eval
+
+
+@pytest.mark.parametrize("name", [name for name in RL_NAMES if name.endswith(("/full", "/lora"))])
+def test_validation_is_the_published_one(name):
+    """Before the first step, every 10 generation batches and at the end; greedy, one completion."""
+    training = load_recipe(recipe_path(name), ON_CPU).training
+    if name.endswith("/lora"):
+        assert training.eval_strategy == "no" and not training.eval_on_start and not training.eval_on_end
+    else:
+        assert validation_of(name) == (True, 10, 0.0, 1) and training.delta == 3.0
+    off = load_recipe(recipe_path(name), [*ON_CPU, "--eval_strategy", "no"]).training
+    assert off.eval_strategy == "no" and not off.eval_on_start and not off.eval_on_end
+
+
 # One real step
 
 
@@ -146,8 +167,13 @@ def one_step(name: str, folder: Path, policy: Path) -> tuple[Recipe, list[str]]:
             options["generation_batch_size"] = factor * 4 * options["gradient_accumulation_steps"]
         else:
             options["per_device_train_batch_size"] = 16
-        if settings.get("eval_dataset"):
-            options["eval_dataset_path"] = save_dataset(folder, settings["eval_dataset"])
+        if evaluated := settings.get("eval_dataset"):
+            if isinstance(evaluated, dict):
+                files = {label: save_dataset(folder, kwargs.get("name", label)) for label, kwargs in evaluated.items()}
+                sets = {label: {**kwargs, "path": files[label], "limit": 8} for label, kwargs in evaluated.items()}
+                options["eval_dataset"] = json.dumps(sets)
+            else:
+                options["eval_dataset_path"] = save_dataset(folder, evaluated)
             options |= {"per_device_eval_batch_size": 64, "eval_steps": 1}
         assert set(swapped) <= set(labels)
     words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
@@ -164,6 +190,16 @@ def test_trains_one_step(name, tmp_path, talking_policy, capfd):
     recipe, labels = one_step(name, tmp_path, talking_policy)
     trainer = run_sft(recipe) if is_warmup(name) else run_recipe(recipe)
     assert trainer.state.global_step == 1
+    if name.endswith("/full"):  # as published: before the first step and after the last, every set
+        sets = recipe.arguments.eval_datasets()
+        found = {
+            (entry["step"], label, key.rpartition("rewards/")[0].removeprefix("eval_").rstrip("_"))
+            for entry in trainer.state.log_history
+            for key in entry
+            for label in labels
+            if key.startswith("eval_") and key.endswith(f"rewards/{label}/mean")
+        }
+        assert found == {(step, label, data) for step in (0, 1) for label in labels for data in sets}
     logged = next(entry for entry in trainer.state.log_history if "grad_norm" in entry)
     assert math.isfinite(logged["loss"]) and logged["grad_norm"] > 0
     for label in labels:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from ..evaluation.engine import check_model_exists
 from ..terminal import set_up_logging
 
 
@@ -45,18 +46,67 @@ A killed run goes on where it stopped when the command is repeated. The folder -
 scores.jsonl and results.json."""
 
 
+LEADERBOARD = """\
+The API-Bank evaluations in some folders and below, by overall accuracy: accuracy per level, format, length and words
+of thought. One table for each protocol, as their figures cannot be compared."""
+
+
 def main(argv: list[str]) -> int:
     """Run `gd2po eval`; the exit status."""
     arguments = _parser().parse_args(argv)
     set_up_logging()
+    if arguments.task == "leaderboard":
+        return arguments.run(arguments)
     if arguments.model is None and arguments.predictions is None:
         raise UsageError("what to evaluate? Give --model, or --predictions with text generated before.")
     if arguments.model is not None and arguments.predictions is not None:
         raise UsageError("give --model or --predictions, not both.")
     if arguments.predictions is not None and arguments.adapter is not None:
         raise UsageError("--adapter goes with --model, not with --predictions.")
+    if arguments.adapter is not None and len(arguments.model) > 1:
+        raise UsageError("--adapter goes with one --model; the folder of an adapter is a model as well.")
     arguments.chat_template_kwargs = _mapping("--chat-template-kwargs", arguments.chat_template_kwargs)
+    models = arguments.model or [None]
+    if len(models) > 1:
+        return _run_each(arguments, models)
+    arguments.model = models[0]
     return arguments.run(arguments)
+
+
+def _run_each(arguments: argparse.Namespace, models: list[str]) -> int:
+    """Evaluates several models, one after the other."""
+    root = Path(arguments.output or Path("eval") / arguments.task)
+    runs = []
+    for model, name in zip(models, _names_of(models), strict=True):
+        runs.append(argparse.Namespace(**{**vars(arguments), "model": model, "output": str(root / name)}))
+        check_model_exists(_settings(runs[-1]))  # before the first of them has run
+    for run in runs:
+        print(f"{run.model}:")
+        run.run(run)
+    if arguments.task == "api-bank":
+        from ..evaluation.leaderboard import LEADERBOARD_FILE, find_runs, write_and_print
+
+        write_and_print(find_runs([root]), root / LEADERBOARD_FILE)
+    return 0
+
+
+def _names_of(models: list[str]) -> list[str]:
+    """Folder names for models: the last part of each path, or as many parts as tell them apart."""
+    if len(set(models)) < len(models):
+        raise UsageError(f"--model names {next(model for model in models if models.count(model) > 1)} twice.")
+    parts = [Path(model).resolve().parts if Path(model).exists() else Path(model).parts for model in models]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["_".join(part[-length:]).strip("/") for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise UsageError("--model names one folder twice.")
+
+
+def _leaderboard(arguments: argparse.Namespace) -> int:
+    from ..evaluation.leaderboard import find_runs, write_and_print
+
+    write_and_print(find_runs(arguments.folders), arguments.output)
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -132,11 +182,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     task.add_argument("--limit", type=int, metavar="N", help="first N prompts of each data set (default: all)")
     task.set_defaults(run=_rewards, task="rewards")
+
+    task = tasks.add_parser("leaderboard", help="API-Bank runs, best first", description=LEADERBOARD, **style)
+    task.add_argument(
+        "folders", nargs="*", default=["eval/api-bank"], metavar="FOLDER", help="(default: eval/api-bank)"
+    )
+    task.add_argument("--output", metavar="FILE", help="also write the figures to this JSON file")
+    task.set_defaults(run=_leaderboard, task="leaderboard")
     return parser
 
 
 def _add_common(task: argparse.ArgumentParser, max_new_tokens: int | None, max_prompt_tokens: int | None) -> None:
-    task.add_argument("--model", help="folder or Hub id of a causal language model, or the folder of a PEFT adapter")
+    task.add_argument(
+        "--model",
+        nargs="+",
+        help="folder or Hub id of a causal language model, or the folder of a PEFT adapter; several are evaluated one "
+        "after the other, each in a folder of its own",
+    )
     task.add_argument("--adapter", help="folder or Hub id of a PEFT adapter on top of --model")
     task.add_argument(
         "--predictions",
@@ -144,7 +206,10 @@ def _add_common(task: argparse.ArgumentParser, max_new_tokens: int | None, max_p
         help="score text generated elsewhere, without a model: lines of JSON with `id` and `completion`",
     )
     task.add_argument(
-        "--output", metavar="DIR", help="folder of the run (default: eval/TASK/MODEL; none with --predictions)"
+        "--output",
+        metavar="DIR",
+        help="folder of the run, with several models of their folders (default: eval/TASK/MODEL, eval/TASK; none with "
+        "--predictions)",
     )
     task.add_argument("--backend", choices=("transformers", "vllm"), default="transformers")
     task.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
@@ -167,6 +232,19 @@ def _add_common(task: argparse.ArgumentParser, max_new_tokens: int | None, max_p
         default=max_prompt_tokens,
         metavar="N",
         help=f"longer prompts are shortened from the left (default: {max_prompt_tokens or 'whole prompts'})",
+    )
+    task.add_argument(
+        "--max-model-len",
+        type=int,
+        metavar="N",
+        help="context window, prompt and completion together (default: the model's own)",
+    )
+    task.add_argument("--tensor-parallel-size", type=int, metavar="N", help="vLLM: GPUs for one model (default: 1)")
+    task.add_argument(
+        "--gpu-memory-utilization",
+        type=float,
+        metavar="SHARE",
+        help="vLLM: share of a GPU's memory to take (default: vLLM's own)",
     )
     task.add_argument(
         "--chat-template-kwargs",
@@ -352,6 +430,8 @@ def _data_of(arguments: argparse.Namespace, recipe: dict[str, Any]) -> dict[str,
     if not recipe.get(key) and not recipe.get(f"{key}_path"):
         raise UsageError("which prompts? There is no recipe that names any; give --data or --config.")
     split = recipe.get(f"{key}_split") or ("test" if key == "eval_dataset" else None)
+    if isinstance(recipe.get(key), dict):
+        return {label: {"name": label, "split": split, **options} for label, options in recipe[key].items()}
     options = {"name": recipe.get(key) or "prompts", "path": recipe.get(f"{key}_path"), "split": split}
     label = "held out" if key == "eval_dataset" else "training data"
     return {label: {**options, **_mapping(f"{key}_kwargs", recipe.get(f"{key}_kwargs"))}}

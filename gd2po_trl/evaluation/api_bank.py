@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UsageError
-from ..tool_calls import parse_calls, parse_gold, parse_json, split_completion, values_equal
+from ..tool_calls import parse_calls, parse_gold, parse_json, split_completion, think_text, values_equal
 from .engine import EvalRow, wilson_interval
 from .tables import print_table
 
@@ -63,12 +63,14 @@ class ApiBankScore:
             `"wrong_name"`, `"wrong_parameters"`, and in `reference` just `"wrong"`.
         format (`bool`): Whether the tags are in order.
         length (`float`): Words of thought divided by 512, rounded to 2 decimals, at most 1.
+        think_words (`int`): Words of thought.
     """
 
     correct: bool | None
     reason: str
     format: bool
     length: float
+    think_words: int = 0
 
 
 def load_rows(folder: str | None, levels: Sequence[int] = (1, 2, 3), limit: int | None = None) -> list[ApiBankRow]:
@@ -113,13 +115,13 @@ def score_completion(completion: str | None, gold: dict[str, Any], protocol: str
     text = completion.strip()
     if protocol == "reference":
         correct = _reference_correct(text, gold)
-        return ApiBankScore(correct, "correct" if correct else "wrong", _tags_in_order(text), _reference_length(text))
-
-    from ..rewards.tool_calling import Length
-
-    reason = _strict_reason(text, gold)
-    in_order = _tags_in_order(text) and not _text_outside_parts(text)
-    return ApiBankScore(reason == "correct", reason, in_order, Length(max_words=_MAX_WORDS)([None], [text])[0])
+        reason, in_order, words = "correct" if correct else "wrong", _tags_in_order(text), _reference_words(text)
+    else:
+        reason = _strict_reason(text, gold)
+        correct = reason == "correct"
+        in_order = _tags_in_order(text) and not _text_outside_parts(text)
+        words = len((think_text(text) or "").split())
+    return ApiBankScore(correct, reason, in_order, min(round(words / _MAX_WORDS, 2), 1.0), words)
 
 
 def _strict_reason(text: str, gold: dict[str, Any]) -> str:
@@ -204,11 +206,9 @@ def _text_outside_parts(text: str) -> bool:
     return bool(text.strip())
 
 
-def _reference_length(text: str) -> float:
+def _reference_words(text: str) -> int:
     start, end = text.find("<think>"), text.find("</think>")
-    if start < 0 or end <= start:
-        return 0.0
-    return min(round(len(text[start + len("<think>") : end].split()) / _MAX_WORDS, 2), 1.0)
+    return len(text[start + len("<think>") : end].split()) if 0 <= start < end else 0
 
 
 def score_predictions(
@@ -256,11 +256,16 @@ def _summary(scores: list[dict[str, Any]]) -> dict[str, Any]:
         "accuracy_interval": [round(100 * low, 2), round(100 * high, 2)],
         "accuracy_all_rows": _percent(correct, len(scores)),
         "format": _percent(sum(score["format"] for score in counted), len(counted)),
-        "length": round(sum(score["length"] for score in counted) / len(counted), 4) if counted else None,
+        "length": _mean([score["length"] for score in counted]),
+        "think_words": _mean([score["think_words"] for score in counted]),
         "missing": sum(score["reason"] == "missing" for score in scores),
         "cut_off": sum(score["finish_reason"] == "length" for score in scores),
         "reasons": dict(Counter(score["reason"] for score in scores).most_common()),
     }
+
+
+def _mean(values: list[float]) -> float | None:
+    return round(sum(values) / len(values), 4) if values else None
 
 
 def _percent(part: int, whole: int) -> float | None:
@@ -276,8 +281,9 @@ def print_results(results: dict[str, Any]) -> None:
         accuracy = "-" if summary["accuracy"] is None else f"{summary['accuracy']:.2f} ({low:.1f} to {high:.1f})"
         form = "-" if summary["format"] is None else f"{summary['format']:.2f}"
         length = "-" if summary["length"] is None else f"{summary['length']:.4f}"
+        words = "-" if summary["think_words"] is None else f"{summary['think_words']:.1f}"
         counts = [f"{summary['correct']}/{summary['scored']}", str(summary["cut_off"])]
-        lines.append([name, accuracy, form, length, *counts])
+        lines.append([name, accuracy, form, length, words, *counts])
     notes = {
         "strict": ["The published scorer's defects are mended; --protocol reference is comparable with its figures."],
         "reference": ["Comparable with published figures."],
@@ -285,5 +291,5 @@ def print_results(results: dict[str, Any]) -> None:
     if missing := results["overall"]["missing"]:
         effect = "count as wrong" if results["protocol"] == "strict" else "are left out of the accuracy"
         notes.append(f"{missing} rows without a completion {effect}.")
-    columns = ["", "accuracy %\n(95 % interval)", "format\n%", "length\n0 to 1", "correct", "cut off"]
+    columns = ["", "accuracy %\n(95 % interval)", "format\n%", "length\n0 to 1", "think\nwords", "correct", "cut off"]
     print_table(f"API-Bank, protocol {results['protocol']}", columns, lines, "\n".join(notes))

@@ -49,6 +49,12 @@ class Decoder:
         stops = [*_as_list(stop), *_as_list(config.eos_token_id), *_as_list(self.tokenizer.eos_token_id)]
         self.stop_ids: list[int] = sorted(set(stops))
         self.context: int | None = getattr(config, "max_position_embeddings", None)
+        if (asked := settings.max_model_len) is not None:
+            if self.context is not None and asked > self.context:
+                raise UsageError(
+                    f"max_model_len is {asked}; the context window of {settings.model} is {self.context}."
+                )
+            self.context = asked
 
     def __enter__(self) -> "Decoder":
         return self
@@ -212,6 +218,10 @@ class VLLMDecoder(Decoder):
         # The window that the rows need, not the model's own: vLLM reserves cache for one sequence of full length.
         needed = longest_prompt + settings.max_new_tokens
         options: dict[str, Any] = {"max_model_len": needed if self.context is None else min(self.context, needed)}
+        if settings.tensor_parallel_size is not None:
+            options["tensor_parallel_size"] = settings.tensor_parallel_size
+        if settings.gpu_memory_utilization is not None:
+            options["gpu_memory_utilization"] = settings.gpu_memory_utilization
         self.lora_request = None
         if settings.adapter is not None:
             from peft import PeftConfig

@@ -64,6 +64,12 @@ class GenerationSettings:
         dtype (`str`, defaults to `"auto"`): `"auto"` (as saved), `"float32"`, `"bfloat16"` or `"float16"`.
         chat_template_kwargs (`dict[str, Any]`, *optional*):
             Variables of the chat template. Give those that the model was trained with.
+        max_model_len (`int`, *optional*):
+            Context window in tokens, prompt and completion together. The model's own by default.
+        tensor_parallel_size (`int`, *optional*):
+            GPUs that vLLM splits the model over. 1 by default.
+        gpu_memory_utilization (`float`, *optional*):
+            Share of each GPU's memory that vLLM takes. vLLM's own default if `None`.
     """
 
     model: str
@@ -74,16 +80,25 @@ class GenerationSettings:
     batch_size: int | None = None
     dtype: str = "auto"
     chat_template_kwargs: dict[str, Any] | None = None
+    max_model_len: int | None = None
+    tensor_parallel_size: int | None = None
+    gpu_memory_utilization: float | None = None
 
     def __post_init__(self):
         if self.backend not in ("transformers", "vllm"):
             raise UsageError(f"backend is {self.backend!r}; it must be 'transformers' or 'vllm'.")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise UsageError(f"dtype is {self.dtype!r}; it must be 'auto', 'float32', 'bfloat16' or 'float16'.")
-        for name in ("max_new_tokens", "max_prompt_tokens", "batch_size"):
+        for name in ("max_new_tokens", "max_prompt_tokens", "batch_size", "max_model_len", "tensor_parallel_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} is {value}; it must be at least 1.")
+        share = self.gpu_memory_utilization
+        if share is not None and not 0 < share <= 1:
+            raise UsageError(f"gpu_memory_utilization is {share}; it must be above 0 and at most 1.")
+        for name in ("tensor_parallel_size", "gpu_memory_utilization"):
+            if getattr(self, name) is not None and self.backend != "vllm":
+                raise UsageError(f"{name} is a setting of vLLM; give --backend vllm as well, or leave it out.")
         config = Path(self.model) / "adapter_config.json"
         if self.adapter is None and config.is_file():
             try:
@@ -103,7 +118,10 @@ class GenerationSettings:
         return self.batch_size or (256 if self.backend == "vllm" else 8)
 
     def identity(self) -> dict[str, Any]:
-        """Everything that completions depend on. The batch size is not part: a smaller one must cure a full GPU."""
+        """
+        Everything that completions depend on. What fits the work to the machine is not part of it, such as the batch
+        size: a smaller one must cure a full GPU.
+        """
         return {
             "model": fingerprint_model(self.model, "config.json"),
             "adapter": None if self.adapter is None else fingerprint_model(self.adapter, "adapter_config.json"),
@@ -113,7 +131,26 @@ class GenerationSettings:
             "max_prompt_tokens": self.max_prompt_tokens,
             "dtype": self.dtype,
             "chat_template_kwargs": self.chat_template_kwargs or None,
+            "max_model_len": self.max_model_len,
         }
+
+
+def check_model_exists(settings: GenerationSettings) -> None:
+    """
+    Finds out whether there is a model, without reading its weights.
+
+    Raises:
+        [`UsageError`]: if there is none.
+    """
+    if Path(settings.model).is_dir():
+        _check_model_folder(settings.model, "config.json")
+    else:
+        fingerprint_model(settings.model, "config.json")
+
+
+def _check_model_folder(name: str, config_file: str) -> None:
+    if not (Path(name) / config_file).is_file():
+        raise UsageError(f"The folder {name} holds no {config_file}, so it is no model (or adapter) to evaluate.")
 
 
 def fingerprint_model(name: str, config_file: str) -> str:
@@ -125,8 +162,7 @@ def fingerprint_model(name: str, config_file: str) -> str:
     """
     folder = Path(name)
     if folder.is_dir():
-        if not (folder / config_file).is_file():
-            raise UsageError(f"The folder {name} holds no {config_file}, so it is no model (or adapter) to evaluate.")
+        _check_model_folder(name, config_file)
         digest = hashlib.sha256()
         # What an evaluation in this folder writes is no part of the model, nor is the log of its training.
         files = {file for pattern in _MODEL_FILES for file in folder.glob(pattern)}
