@@ -9,7 +9,7 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from .run_log import LogHistory, ends, held_out_change, reward_names, series, training_change
-from .terminal import fill, make_console, make_table, printable, shorten
+from .terminal import duration, fill, make_console, make_table, number, printable, shorten
 
 
 if TYPE_CHECKING:
@@ -208,20 +208,6 @@ def print_change(log: LogHistory, console: "Console") -> None:
             f"Rollouts on which the rewards disagreed: {first:.0%} in the first tenth of the steps, {last:.0%} in the "
             f"last, {sum(conflict) / len(conflict):.0%} over all.\n"
         )
-
-
-def duration(seconds: float) -> str:
-    """`seconds` as `0:12` or `1:02:03`."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-def number(value: float, sign: str = "-") -> str:
-    """`value` with three digits, and its sign as in a format specification."""
-    if 0 < abs(value) < 1e-12:  # what rounding leaves of a difference
-        value = 0.0
-    return f"{value:{sign}#.3g}".rstrip(".") if abs(value) < 1000 else f"{value:{sign},.0f}"
 
 
 def _figures(logs: Mapping[str, Any], prefix: str = "") -> list[str]:

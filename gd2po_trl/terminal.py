@@ -90,6 +90,20 @@ def fill(entries: Sequence[str], width: int) -> list[str]:
     return lines
 
 
+def duration(seconds: float) -> str:
+    """`seconds` as `0:12` or `1:02:03`."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def number(value: float, sign: str = "-") -> str:
+    """`value` with three digits, and its sign as in a format specification."""
+    if 0 < abs(value) < 1e-12:  # what rounding leaves of a difference
+        value = 0.0
+    return f"{value:{sign}#.3g}".rstrip(".") if abs(value) < 1000 else f"{value:{sign},.0f}"
+
+
 class _Once(logging.Filter):
     """Lets each warning through once, however often a library repeats it."""
 

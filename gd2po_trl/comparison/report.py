@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .curves import AXES, counted_rewards
-from .results import Comparison, Results
+from .results import SIGNIFICANT, Comparison, Results
 from .statistics import Interval, mean_interval, smallest_sign_flip_p
 from .variants import mask_secrets
 
@@ -24,7 +24,7 @@ def markdown(results: Results, caption: str, learning_rates: dict[str, float]) -
         caption (`str`): The command that produced it.
         learning_rates (`dict[str, float]`): Learning rate of each variant, where each got its own; else empty.
     """
-    sections = [f"`{caption}`", _summary(results)]
+    sections = [f"**{results.verdict}**", f"`{caption}`", _summary(results)]
     if results.failures:
         sections.append(_failures(results))
     if any(run.curves for runs in results.runs.values() for run in runs):
@@ -227,7 +227,7 @@ def _mean_and_difference(interval: Interval, row: Comparison | None) -> str:
 
 
 def _star(row: Comparison) -> str:
-    return "\\*" if row.p_holm < 0.05 else ""
+    return "\\*" if row.p_holm < SIGNIFICANT else ""
 
 
 def _plus_minus(interval: Interval, form: str = "{:.3f}", mean_form: str = "") -> str:

@@ -3,11 +3,22 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .curves import AXES, Curves, observed_ranges, quantity_values
 from .running import Outcome
 from .statistics import Interval, PairedTest, holm, mean_interval, paired_test
 from .variants import Contrast, Variant
+
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# A difference counts if its p-value, after Holm's correction, is below this.
+SIGNIFICANT = 0.05
+# With fewer seeds than this, the verdict says how little can be seen.
+FEW_SEEDS = 5
 
 
 @dataclass
@@ -59,6 +70,10 @@ class Results:
         final_share (`float`): Share of a budget, at its end, over which final values are averaged; 0 takes the end.
         tables (`dict[tuple[str, str], list[Comparison]]`): Differences to the baseline, per axis and kind.
         contrasts (`list[Comparison]`): Differences between variants that differ in one thing.
+        report (`str`): The report in markdown.
+        learning_rates (`dict[str, float]`): Learning rate of each variant, where each got its own.
+        folder (`Path`, *optional*), written (`list[str]`): Where the report is, and the names of its files.
+        notes (`list[str]`): What else is to be known.
     """
 
     variants: list[Variant]
@@ -72,6 +87,11 @@ class Results:
     final_share: float
     tables: dict[tuple[str, str], list[Comparison]]
     contrasts: list[Comparison]
+    report: str = ""
+    learning_rates: dict[str, float] = field(default_factory=dict)
+    folder: Path | None = None
+    written: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def interval(self, variant: str, axis: str, kind: str, quantity: str) -> Interval:
         """Mean over the finished seeds of `variant`."""
@@ -80,6 +100,73 @@ class Results:
     @property
     def failures(self) -> list[RunResult]:
         return [run for runs in self.runs.values() for run in runs if run.curves is None]
+
+    @property
+    def verdict(self) -> str:
+        """Which methods differ from the baseline in their final values, in a sentence or two."""
+        total, failed = len(self.variants) * len(self.seeds), len(self.failures)
+        if failed == total:
+            return f"All {total} runs failed: {self.failures[0].outcome.failure}"
+        lost = f" {failed} of {total} runs failed and are missing." if failed else ""
+        seeds = f"{len(self.seeds)} seed{'s' if len(self.seeds) > 1 else ''}"
+        rows = self.tables["steps", "final"]
+        if not rows:
+            return f"There is one method, {self.baseline}, and nothing to compare it with.{lost}"
+        pairs = max(row.test.difference.count for row in rows)
+        if pairs < 2:
+            return f"One seed cannot tell a difference from noise: train more of them.{lost}"
+        different = [row for row in rows if row.p_holm < SIGNIFICANT]
+        if not different:
+            few = " Only a large difference would show with so few." if len(self.seeds) < FEW_SEEDS else ""
+            return f"No method differs from {self.baseline} with {seeds}.{few}{lost}"
+        parts = []
+        for name in dict.fromkeys(row.variant for row in different):
+            changes = [
+                f"{row.quantity} {'higher' if row.test.difference.mean > 0 else 'lower'} "
+                f"({row.test.difference.mean:+.3g})"
+                for row in different
+                if row.variant == name
+            ]
+            parts.append(f"{name}: {', '.join(changes)}")
+        return f"Different from {self.baseline} at the end of training, with {seeds}: {'; '.join(parts)}.{lost}"
+
+    def to_frame(self) -> "pd.DataFrame":
+        """
+        Final values, their differences to the baseline and the tests, one row per method and quantity.
+
+        Columns: `method`, `quantity`, `mean`, `low`, `high`, `difference`, `difference_low`, `difference_high`, `p`
+        (t-test), `p_holm`, `seeds`. Bounds are those of the 95 % intervals.
+        """
+        import pandas as pd
+
+        tests = {(row.variant, row.quantity): row for row in self.tables["steps", "final"]}
+        lines = []
+        for variant in self.variants:
+            for quantity in self.quantities:
+                interval, row = (
+                    self.interval(variant.name, "steps", "final", quantity),
+                    tests.get((variant.name, quantity)),
+                )
+                difference = row.test.difference if row else Interval(math.nan, math.nan, math.nan, 0)
+                lines.append(
+                    {
+                        "method": variant.name,
+                        "quantity": quantity,
+                        "mean": interval.mean,
+                        "low": interval.low,
+                        "high": interval.high,
+                        "difference": difference.mean,
+                        "difference_low": difference.low,
+                        "difference_high": difference.high,
+                        "p": row.test.p_t if row else math.nan,
+                        "p_holm": row.p_holm if row else math.nan,
+                        "seeds": interval.count,
+                    }
+                )
+        return pd.DataFrame(lines)
+
+    def _repr_markdown_(self) -> str:
+        return self.report or self.verdict
 
 
 def evaluate(

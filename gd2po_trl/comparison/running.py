@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -14,12 +15,16 @@ from typing import Any
 import psutil
 
 from ..errors import UsageError
+from ..terminal import duration
 from .variants import Variant, mask_secrets
 
 
 RECORD = "run.json"
 LOG = "train.log"
 POLL_SECONDS = 0.2
+# The line of progress that `gd2po train` writes to a file, and how many bytes from the end it is looked for in.
+STEP = re.compile(rb"^step (\d+)/(\d+) ", re.MULTILINE)
+LOG_TAIL = 8192
 # `gd2po` ends with this status when the user's input is wrong, so that no other run can succeed either.
 USAGE_STATUS = 2
 
@@ -66,6 +71,30 @@ class Outcome:
     seconds: float | None = None
 
 
+@dataclass(frozen=True)
+class Progress:
+    """
+    How far `run_all` is.
+
+    Args:
+        done (`int`), total (`int`): Runs that have ended, of those that were to be trained.
+        seconds (`float`): Since the start.
+        active (`list` of `tuple[str, int, int]`): Label, step and number of steps of every run at work; 0 where a run
+            has not said them yet.
+    """
+
+    done: int
+    total: int
+    seconds: float
+    active: list[tuple[str, int, int]]
+
+    @property
+    def seconds_left(self) -> float | None:
+        """An estimate from what is done so far; `None` where nothing is."""
+        done = self.done + sum(step / steps for _, step, steps in self.active if steps)
+        return self.seconds / done * (self.total - done) if done else None
+
+
 def train_command(
     config: Path, variant: Variant, seed: int, folder: Path, overrides: Sequence[str]
 ) -> tuple[str, ...]:
@@ -82,6 +111,7 @@ def run_all(
     jobs: int = 1,
     devices: Sequence[str] = (),
     report: Callable[[str], None] = print,
+    watch: Callable[["Progress"], None] | None = None,
 ) -> list[Outcome]:
     """
     Train every run that is not finished yet.
@@ -95,6 +125,8 @@ def run_all(
             CUDA device ids. If given, each has one run at a time, which sees no other device, and `jobs` is not used.
         report (callable, *optional*):
             Called with one line about every run.
+        watch (callable, *optional*):
+            Called several times a second with the [`Progress`].
 
     Returns:
         `list` of [`Outcome`], in the order of `runs`.
@@ -106,7 +138,7 @@ def run_all(
         _check_settings(run)
     free: list[str | None] = list(devices) or [None] * jobs
     waiting = [run for run in runs if finished_state(run) is None]
-    total, done = len(waiting), 0
+    total, done, started = len(waiting), 0, time.monotonic()
     if total < len(runs):
         report(f"{len(runs) - total} of {len(runs)} runs are already finished.")
     active: list[_Process] = []
@@ -115,11 +147,15 @@ def run_all(
             while waiting and free:
                 active.append(_Process(waiting.pop(0), free.pop(0)))
             time.sleep(POLL_SECONDS)
+            if watch is not None:
+                watch(Progress(done, total, time.monotonic() - started, [_part_of(process.run) for process in active]))
             for process in [process for process in active if process.has_ended()]:
                 active.remove(process)
                 free.append(process.device)
                 done += 1
-                report(f"[{done}/{total}] {process.run.label}: {process.conclude()}")
+                left = (time.monotonic() - started) / done * (total - done)
+                rest = f"; about {duration(left)} left" if done < total else ""
+                report(f"[{done}/{total}] {process.run.label}: {process.conclude()}{rest}")
     finally:
         for process in active:
             process.stop()
@@ -241,6 +277,18 @@ def _write_record(run: Run, **entries: Any) -> None:
     temporary = run.folder / f"{RECORD}.part"
     temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     temporary.replace(run.folder / RECORD)
+
+
+def _part_of(run: Run) -> tuple[str, int, int]:
+    """Label, step and number of steps of a run, from the last line of progress in its log."""
+    try:
+        with (run.folder / LOG).open("rb") as log:
+            log.seek(0, os.SEEK_END)
+            log.seek(max(log.tell() - LOG_TAIL, 0))
+            found = STEP.findall(log.read())
+    except OSError:
+        found = []
+    return (run.label, int(found[-1][0]), int(found[-1][1])) if found else (run.label, 0, 0)
 
 
 def _last_line(run: Run) -> str:

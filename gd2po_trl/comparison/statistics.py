@@ -67,8 +67,7 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval
     mean = math.fsum(values) / count
     if count == 1:
         return Interval(mean, math.nan, math.nan, 1)
-    variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
-    half = float(stats.t.ppf((1 + confidence) / 2, count - 1)) * math.sqrt(variance / count)
+    half = float(stats.t.ppf((1 + confidence) / 2, count - 1) * stats.sem(values))
     return Interval(mean, mean - half, mean + half, count)
 
 

@@ -3,7 +3,7 @@
 import json
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +79,19 @@ def make_variants(
         variants.append(Variant(words[0], words[1], parse_settings(words[2:], "--variant")))
     if match_whitening:
         variants += MATCHED_WHITENING
+    check_variants(variants, known_methods)
+    return variants
+
+
+def check_variants(variants: Sequence[Variant], known_methods: Sequence[str]) -> None:
+    """
+    Check names and methods.
+
+    Raises:
+        [`UsageError`]: for no variant, an unknown method, or a name that is used twice or cannot be a folder's.
+    """
+    if not variants:
+        raise UsageError("There is nothing to compare: name --methods or add a --variant.")
     for variant in variants:
         if variant.method not in known_methods:
             raise UsageError(f"There is no method '{variant.method}'; choose from {', '.join(known_methods)}.")
@@ -88,7 +101,22 @@ def make_variants(
     for name in names:
         if names.count(name) > 1:
             raise UsageError(f"Two variants are called '{name}'.")
-    return variants
+
+
+def option_words(settings: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    """Options of `gd2po train` for recipe keys and their values."""
+    words: list[str] = []
+    for key, value in settings.items():
+        if key in RESERVED:
+            raise UsageError(f"{where}: the comparison sets `{key}` itself.")
+        if isinstance(value, Mapping):
+            values = [json.dumps(value)]
+        elif isinstance(value, (list, tuple)):
+            values = [str(item) for item in value]
+        else:
+            values = ["none" if value is None else str(value)]
+        words += [f"--{key}", *values]
+    return tuple(words)
 
 
 def parse_settings(settings: Sequence[str], option: str) -> tuple[str, ...]:

@@ -194,8 +194,7 @@ def mean_and_interval(values: Sequence[float], confidence: float = 0.95) -> tupl
 
 def print_results(results: dict[str, Any]) -> None:
     """Prints a table per data set: before, after, the difference with its interval, and how often the model wins."""
-    from ..progress import number
-    from ..terminal import make_console, make_table
+    from ..terminal import make_console, make_table, number
 
     console = make_console()
     for name, entry in results["datasets"].items():
@@ -241,7 +240,7 @@ def _notes(entry: dict[str, Any]) -> list[str]:
 
 
 def _interval(interval: list[float] | None, sign: str) -> str:
-    from ..progress import number
+    from ..terminal import number
 
     return "–" if interval is None else " to ".join(number(bound, sign) for bound in interval)
 

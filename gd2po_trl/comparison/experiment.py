@@ -1,0 +1,340 @@
+"""A comparison from its first run to its report: `compare` in Python, `gd2po compare` on a terminal."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UsageError
+from .curves import Curves, read_curves
+from .results import Results, evaluate
+from .running import Outcome, Run, run_all, train_command
+from .variants import LADDER, MATCHED_WHITENING, Variant, check_variants, option_words
+
+
+if TYPE_CHECKING:
+    from ..recipe import Recipe
+
+# Far from any seed that a person would choose, so that learning rates are not chosen on the seeds of the comparison.
+FIRST_TUNING_SEED = 1000
+
+
+def compare(
+    config: str | Path,
+    methods: Sequence[str] | None = None,
+    *,
+    seeds: int = 5,
+    settings: Mapping[str, Any] | None = None,
+    variants: Mapping[str, Mapping[str, Any]] | None = None,
+    baseline: str | None = None,
+    learning_rates: Sequence[float] = (),
+    tuning_seeds: int = 2,
+    ranges: Mapping[str, tuple[float, float]] | None = None,
+    measure: str = "train",
+    match_whitening: bool = False,
+    jobs: int = 1,
+    devices: Sequence[str] = (),
+    output: str | Path = "outputs/comparison",
+) -> Results:
+    """
+    Train a recipe with several methods and seeds, and tell their results apart from noise, as `gd2po compare` does.
+
+    Every run is a process of its own. Runs that are finished already are not repeated. Writes `report.md`,
+    `results.json`, `curves.png` and `trade_off.png` into `output`.
+
+    ```python
+    results = compare("recipe.yaml", ["gdpo", "gd2po_hard"], seeds=3, settings={"max_steps": 20})
+    print(results.verdict)
+    results.to_frame()
+    ```
+
+    Args:
+        config (`str` or `Path`): The recipe.
+        methods (sequence of `str`, *optional*): Presets to train. All four by default.
+        seeds (`int`, *optional*, defaults to 5): Trains with seeds 1 to this.
+        settings (mapping, *optional*): Recipe keys for every run, such as `{"max_steps": 20}`.
+        variants (mapping of mappings, *optional*):
+            Further variants by name: their `method` and recipe keys, such as
+            `{"snr_0.5": {"method": "gd2po_snr", "snr_threshold": 0.5}}`.
+        baseline (`str`, *optional*): What the others are compared with. `"gdpo"` by default, or else the first.
+        learning_rates (sequence of `float`, *optional*): Choose each variant's own from these, on seeds of their own.
+        tuning_seeds (`int`, *optional*, defaults to 2): Seeds per learning rate tried.
+        ranges (mapping of `tuple[float, float]`, *optional*):
+            Range by which a reward is normalized. Lowest and highest batch mean of all runs by default.
+        measure (`str`, *optional*, defaults to `"train"`):
+            Rewards of the training rollouts, or with `"eval"` those of the recipe's evaluations.
+        match_whitening (`bool`, *optional*, defaults to `False`):
+            Add variants that tell filter, consensus weight and whitening apart.
+        jobs (`int`, *optional*, defaults to 1): Runs at the same time.
+        devices (sequence of `str`, *optional*): CUDA devices, with one run at a time on each; `jobs` is not used.
+        output (`str` or `Path`, *optional*, defaults to `"outputs/comparison"`): Folder of the runs and the report.
+
+    Returns:
+        [`Results`]: tables, intervals and tests, `verdict`, `to_frame()` and, in a notebook, the report.
+
+    Raises:
+        [`UsageError`]: for a mistake in the arguments or the recipe, which is found before the first run starts.
+    """
+    from ..gd2po_config import METHODS
+
+    chosen = [Variant(method, method) for method in (METHODS if methods is None else methods)]
+    for name, keys in (variants or {}).items():
+        own = dict(keys)
+        chosen.append(Variant(name, str(own.pop("method", "")), option_words(own, f"variant '{name}'")))
+    experiment = Experiment(
+        config=Path(config),
+        variants=chosen + list(MATCHED_WHITENING if match_whitening else ()),
+        seeds=seeds,
+        overrides=option_words(settings or {}, "settings"),
+        baseline=baseline,
+        learning_rates=list(learning_rates),
+        tuning_seeds=tuning_seeds,
+        ranges=dict(ranges or {}),
+        measure=measure,
+        match_whitening=match_whitening,
+        jobs=jobs,
+        devices=list(devices),
+        output=Path(output),
+        caption=f"compare({str(config)!r}, seeds={seeds})",
+    )
+    return experiment.run()
+
+
+@dataclass
+class Experiment:
+    """
+    What is compared, and how. The arguments are those of [`compare`], with variants and settings resolved.
+
+    Making one reads every recipe, so that a mistake shows before the first run starts.
+    """
+
+    config: Path
+    variants: list[Variant]
+    seeds: int = 5
+    overrides: tuple[str, ...] = ()
+    baseline: str | None = None
+    learning_rates: list[float] = field(default_factory=list)
+    tuning_seeds: int = 2
+    ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
+    measure: str = "train"
+    match_whitening: bool = False
+    jobs: int = 1
+    devices: list[str] = field(default_factory=list)
+    output: Path = Path("outputs/comparison")
+    caption: str = ""
+
+    def __post_init__(self):
+        from ..recipe import load_recipe
+
+        self._check()
+        names = [variant.name for variant in self.variants]
+        self.baseline = self.baseline or ("gdpo" if "gdpo" in names else names[0])
+        if self.baseline not in names:
+            raise UsageError(f"--baseline '{self.baseline}' is none of the variants: {', '.join(names)}.")
+        self.recipes = {
+            variant.name: load_recipe(self.config, (*self.overrides, *variant.overrides, "--method", variant.method))
+            for variant in self.variants
+        }
+        _check_recipes(self.recipes, measure=self.measure)
+        first, *others = self.recipes
+        labels = self.recipes[first].arguments.reward_funcs
+        self.weights = _weights(self.recipes[first])
+        if not any(self.weights.values()):
+            raise UsageError("All `reward_weights` are 0: there is nothing to compare.")
+        differing = [name for name in others if _directions(_weights(self.recipes[name])) != _directions(self.weights)]
+        self.weights_note = (
+            f"`reward_weights` say which rewards `sum` and `worst` are made of, and that low is good where one is "
+            f"negative. Those of {first} are used for all; {', '.join(differing)} trained with others."
+            if differing
+            else ""
+        )
+        for name, (low, high) in self.ranges.items():
+            if name not in labels:
+                raise UsageError(f"--ranges {name}=...: '{name}' is none of the rewards ({', '.join(labels)}).")
+            if not low < high:
+                raise UsageError(f"--ranges {name}={low:g}:{high:g}: the range is empty.")
+
+    def _check(self) -> None:
+        from ..gd2po_config import METHODS
+
+        check_variants(self.variants, list(METHODS))
+        for name, least in (("seeds", 1), ("tuning_seeds", 1), ("jobs", 1)):
+            if getattr(self, name) < least:
+                option = f"--{name.replace('_', '-')}"
+                raise UsageError(f"{option} is {getattr(self, name)}; it must be at least {least}.")
+        if self.seeds >= FIRST_TUNING_SEED:
+            raise UsageError(f"--seeds is {self.seeds}; it must be below {FIRST_TUNING_SEED}.")
+        if len(set(self.devices)) < len(self.devices):
+            raise UsageError("--devices names a device twice; each has one run at a time.")
+        if self.measure not in ("train", "eval"):
+            raise UsageError(f"--measure is {self.measure!r}; it must be 'train' or 'eval'.")
+        for rate in self.learning_rates:
+            if not 0 < rate < float("inf"):
+                raise UsageError(f"--learning-rates has {rate:g}; a learning rate is positive.")
+        if self.learning_rates:
+            for variant in self.variants:
+                if "--learning_rate" in (*self.overrides, *variant.overrides):
+                    raise UsageError("--learning-rates chooses `learning_rate`: leave it out of --set and --variant.")
+        if self.output.exists() and not self.output.is_dir():
+            raise UsageError(f"--output '{self.output}' is a file; name a folder.")
+
+    def run(self) -> Results:
+        """
+        Train what is not trained yet, evaluate, and write the report.
+
+        Raises:
+            [`UsageError`]: if another comparison is at work in the same folder, a folder holds a run with other
+                settings, or a run ended because its input is wrong.
+        """
+        from filelock import FileLock, Timeout
+
+        try:
+            self.output.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.output / ".lock")
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UsageError(
+                f"Another comparison is at work in '{self.output}'; wait, or name another --output."
+            ) from None
+        except OSError as error:
+            raise UsageError(f"Cannot write to --output '{self.output}': {error.strerror}.") from error
+        try:
+            return self._run()
+        finally:
+            lock.release()
+
+    def _run(self) -> Results:
+        from .display import Display
+
+        seeds = list(range(1, self.seeds + 1))
+        display = Display()
+        display.plan(self)
+        rates, search = self._choose_learning_rates(display) if self.learning_rates else ({}, [])
+        runs = {
+            variant.name: [
+                self._make_run(variant, seed, self.output / "runs" / variant.name, rates.get(variant.name))
+                for seed in seeds
+            ]
+            for variant in self.variants
+        }
+        in_order = [runs[variant.name][index] for index in range(len(seeds)) for variant in self.variants]
+        outcomes = self._train(in_order, display)
+        results = evaluate(
+            {variant.name: [outcomes[run.folder] for run in runs[variant.name]] for variant in self.variants},
+            self.variants,
+            seeds,
+            baseline=self.baseline or "",
+            weights=self.weights,
+            ranges=self.ranges,
+            contrasts=LADDER if self.match_whitening else (),
+        )
+        self._write(results, rates, search)
+        return results
+
+    def _write(self, results: Results, rates: dict[str, float], search: list[dict[str, Any]]) -> None:
+        from .figures import draw_curves, draw_trade_off
+        from .learning_rates import search_table
+        from .report import markdown, write_json
+
+        text = markdown(results, self.caption, rates)
+        if self.weights_note:
+            text += f"\n{self.weights_note}\n"
+        if search:
+            text += f"\n{search_table(search, self._tuning_seeds())}\n"
+        results.report, results.learning_rates, results.folder = text, rates, self.output
+        results.notes += [self.weights_note] * bool(self.weights_note)
+        (self.output / "report.md").write_text(text, encoding="utf-8")
+        write_json(self.output / "results.json", results, self.caption, rates, search)
+        results.written = ["report.md", "results.json"]
+        if len(results.failures) < len(self.variants) * self.seeds:
+            draw_curves(results, self.weights, self.output / "curves.png")
+            draw_trade_off(results, self.output / "trade_off.png")
+            results.written += ["curves.png", "trade_off.png"]
+
+    def _choose_learning_rates(self, display: Any) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        from .learning_rates import choose_learning_rates
+
+        runs = {
+            variant.name: {
+                rate: [
+                    self._make_run(variant, seed, self.output / "tuning" / variant.name / f"{rate:g}", rate)
+                    for seed in self._tuning_seeds()
+                ]
+                for rate in self.learning_rates
+            }
+            for variant in self.variants
+        }
+        display.line(f"Choosing learning rates on seeds {', '.join(map(str, self._tuning_seeds()))}.")
+        in_order = [run for by_rate in runs.values() for rate in by_rate for run in by_rate[rate]]
+        outcomes = self._train(in_order, display)
+        curves = {
+            name: {rate: [outcomes[run.folder][1] for run in some] for rate, some in by_rate.items()}
+            for name, by_rate in runs.items()
+        }
+        rates, search = choose_learning_rates(curves, self.weights, self.ranges)
+        for variant in self.variants:
+            if variant.name not in rates:
+                folder = self.output / "tuning" / variant.name
+                raise UsageError(f"{variant.name} fails at every learning rate tried; the logs are in '{folder}'.")
+            display.line(f"Learning rate of {variant.name}: {rates[variant.name]:g}")
+        return rates, search
+
+    def _tuning_seeds(self) -> list[int]:
+        return list(range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + self.tuning_seeds))
+
+    def _make_run(self, variant: Variant, seed: int, parent: Path, learning_rate: float | None) -> Run:
+        settings = {**self.recipes[variant.name].settings, "seed": seed}
+        settings = {
+            key: value for key, value in settings.items() if key not in ("output_dir", "resume_from_checkpoint")
+        }
+        overrides = list(self.overrides)
+        if learning_rate is not None:
+            settings["learning_rate"] = learning_rate
+            overrides += ["--learning_rate", repr(learning_rate)]
+        folder = parent / f"seed-{seed}"
+        command = train_command(self.config, variant, seed, folder, overrides)
+        return Run(variant, seed, folder, command, json.loads(json.dumps(settings, default=str)))
+
+    def _train(self, runs: list[Run], display: Any) -> dict[Path, tuple[Outcome, Curves | None]]:
+        with display:
+            outcomes = run_all(runs, jobs=self.jobs, devices=self.devices, report=display.line, watch=display.watch)
+        result: dict[Path, tuple[Outcome, Curves | None]] = {}
+        for outcome in outcomes:
+            training = self.recipes[outcome.run.variant.name].training
+            rollouts = training.per_device_train_batch_size * training.gradient_accumulation_steps
+            curves = None
+            if outcome.state is not None:
+                try:
+                    curves = read_curves(outcome.state, list(self.weights), rollouts, held_out=self.measure == "eval")
+                except UsageError as error:
+                    raise UsageError(f"{outcome.run.label}: {error}") from error
+            result[outcome.run.folder] = (outcome, curves)
+        return result
+
+
+def _check_recipes(recipes: "dict[str, Recipe]", *, measure: str) -> None:
+    first = next(iter(recipes))
+    rewards = recipes[first].arguments.reward_funcs
+    for name, recipe in recipes.items():
+        if set(recipe.arguments.reward_funcs) != set(rewards):
+            raise UsageError(
+                f"{name} has the rewards {', '.join(recipe.arguments.reward_funcs)}, and {first} has "
+                f"{', '.join(rewards)}; only runs with the same rewards can be compared. A reward of weight 0 "
+                "(`reward_weights`) is logged and not trained on."
+            )
+        if measure == "eval" and recipe.training.eval_strategy == "no":
+            raise UsageError(
+                f"--measure eval: {name}: `eval_strategy` is 'no'. Set it to 'steps' with `eval_steps`, and "
+                "`eval_dataset`, in the recipe or with --set."
+            )
+
+
+def _weights(recipe: "Recipe") -> dict[str, float]:
+    labels = recipe.arguments.reward_funcs
+    return dict(zip(labels, recipe.training.reward_weights or [1.0] * len(labels), strict=True))
+
+
+def _directions(weights: dict[str, float]) -> dict[str, int]:
+    """Per reward 1, -1, or 0 where it has no weight."""
+    return {name: (weight > 0) - (weight < 0) for name, weight in weights.items()}
