@@ -1,6 +1,10 @@
 """What a model card says about a training run with GD²PO."""
 
+import os
+import re
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from .gd2po_config import METHODS, GD2POConfig
 
@@ -64,3 +68,73 @@ def training_section(args: GD2POConfig, reward_names: Sequence[str], reward_weig
         f"| reward | weight |\n| --- | --- |\n{rewards}\n\n"
         f"| setting | value |\n| --- | --- |\n{settings}\n"
     )
+
+
+# A prompt of the training data is shown if it has at most so many characters.
+PROMPT_LENGTH = 1500
+QUICK_START = re.compile(r"## Quick start\n.*?(?=^## )", re.DOTALL | re.MULTILINE)
+UNNAMED_BASE = "[None](https://huggingface.co/None)"
+
+
+def with_use_of(card: str, trainer: Any) -> str:
+    """
+    TRL's model card with the base model named, and with code that runs: a prompt of the kind trained on, the adapter.
+
+    TRL names a base model that is a folder "None", loads "None" too where the run was not pushed to the Hub, and asks
+    every model about a time machine.
+
+    Args:
+        card (`str`): What TRL wrote.
+        trainer (`GRPOTrainer`): Whose card it is.
+
+    Returns:
+        `str`: the card.
+    """
+    base = base_model_of(trainer)
+    card = card.replace(UNNAMED_BASE, f"`{base}`" if base else "a model that was given as an object")
+    return QUICK_START.sub(lambda _: _quick_start(trainer, base), card, count=1)
+
+
+def base_model_of(trainer: Any) -> str | None:
+    """Hub id or folder of the model that was trained, of an absolute path only its last part; `None` if unknown."""
+    name = getattr(trainer.accelerator.unwrap_model(trainer.model).config, "_name_or_path", None)
+    if not name:
+        return None
+    return Path(name).name if os.path.isabs(name) else str(name)
+
+
+def _quick_start(trainer: Any, base: str | None) -> str:
+    model = trainer.hub_model_id or trainer.args.output_dir
+    model = Path(model).name if os.path.isabs(model) else model
+    prompt = _example_prompt(trainer.train_dataset)
+    length = trainer.args.max_completion_length
+    code = (
+        "from transformers import pipeline\n\n"
+        f"prompt = {prompt}\n"
+        f'generator = pipeline("text-generation", model={model!r})\n'
+        f"output = generator(prompt, max_new_tokens={length}, return_full_text=False)[0]\n"
+        'print(output["generated_text"])\n'
+    )
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", code)), default=0))
+    section = f"## Quick start\n\n{fence}python\n{code}{fence}\n\n"
+    if getattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config", None):
+        section += (
+            f"This is a PEFT adapter of {f'`{base}`' if base else 'its base model'}, which is loaded with it "
+            "(`pip install peft`). To merge it into the weights of that model, so that it loads anywhere:\n\n"
+            f"```bash\ngd2po merge {model}\n```\n\n"
+        )
+    return section
+
+
+def _example_prompt(dataset: Any) -> str:
+    """The first prompt that was trained on, as Python source."""
+    from datasets import Dataset
+
+    prompt = dataset[0]["prompt"] if isinstance(dataset, Dataset) and len(dataset) else None
+    if isinstance(prompt, (list, tuple)):
+        prompt = [{key: value for key, value in message.items() if value is not None} for message in prompt]
+    source = repr(prompt)
+    if prompt is None or len(source) > PROMPT_LENGTH:
+        messages = isinstance(prompt, list)
+        return '[{"role": "user", "content": "..."}]' if messages else '"..."  # as those in the training data'
+    return source

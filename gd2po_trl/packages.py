@@ -24,8 +24,8 @@ def check_packages(training: Any) -> None:
     """
     if getattr(training, "use_vllm", False) and importlib.util.find_spec("vllm") is None:
         raise UsageError(
-            "`use_vllm` is true, and vLLM is not installed: `pip install 'gd2po-trl[vllm]'`, or set `use_vllm` to "
-            "false, which is much slower."
+            "`use_vllm` is true, and vLLM is not installed: `pip install -c constraints-vllm.txt '.[vllm]'` in a "
+            "clone of gd2po_trl, or set `use_vllm` to false, which is much slower."
         )
     _check_trackers(training)
     optimizer = _check_optimizer(training)

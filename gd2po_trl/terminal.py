@@ -21,7 +21,9 @@ def make_console(**options) -> "Console":
     return Console(markup=False, emoji=False, highlight=False, **options)
 
 
-def make_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "") -> "Table":
+def make_table(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "", text_columns: int = 1
+) -> "Table":
     """
     A table for a terminal.
 
@@ -29,9 +31,10 @@ def make_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]
 
     Args:
         title (`str`): What it shows.
-        columns (sequence of `str`): Headings; the first column is text, the others are numbers.
+        columns (sequence of `str`): Headings.
         rows (iterable of sequences of `str`): One cell per column.
         caption (`str`, *optional*): How to read it.
+        text_columns (`int`, *optional*, defaults to 1): How many columns from the left are text, not numbers.
     """
     from rich import box
     from rich.table import Table
@@ -50,13 +53,14 @@ def make_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]
     for index, column in enumerate(columns):
         # A column of numbers is as wide as they or the longest word of its heading are, so that names get the rest.
         width = max([*map(len, column.split()), *(len(row[index]) for row in rows), 1])
-        heading = textwrap.fill(column, width, break_on_hyphens=False) if index else column
+        is_text = index < text_columns
+        heading = column if is_text else textwrap.fill(column, width, break_on_hyphens=False)
         table.add_column(
             Text(printable(heading)),
-            justify="right" if index else "left",
-            vertical="bottom" if index else "top",
+            justify="left" if is_text else "right",
+            vertical="top" if is_text else "bottom",
             overflow="fold",
-            no_wrap=index > 0,
+            no_wrap=not is_text,
         )
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))

@@ -22,7 +22,7 @@ from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 from trl import GRPOTrainer
 
 from .completions_table import make_writable
-from .model_card import training_section
+from .model_card import training_section, with_use_of
 from .preflight import check_progress
 
 
@@ -110,7 +110,8 @@ class PatchedGRPOTrainer(GRPOTrainer):
         card = Path(self.args.output_dir) / "README.md"
         if self.is_world_process_zero() and card.is_file():
             section = training_section(self.args, self.reward_func_names, self.reward_weights.tolist())
-            card.write_text(f"{card.read_text(encoding='utf-8').rstrip()}\n\n{section}", encoding="utf-8")
+            text = with_use_of(card.read_text(encoding="utf-8"), self).rstrip()
+            card.write_text(f"{text}\n\n{section}", encoding="utf-8")
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
         super().save_model(output_dir, _internal_call)

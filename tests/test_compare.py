@@ -11,8 +11,10 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from filelock import FileLock
 
 from gd2po_trl.cli.compare import main
+from gd2po_trl.comparison import compare
 from gd2po_trl.comparison.running import Run, _Process, run_all
 from gd2po_trl.comparison.variants import (
     LADDER,
@@ -20,6 +22,7 @@ from gd2po_trl.comparison.variants import (
     Variant,
     make_variants,
     mask_secrets,
+    option_words,
     parse_settings,
 )
 from gd2po_trl.errors import UsageError
@@ -300,4 +303,37 @@ def test_a_real_comparison(recipe, tmp_path, capsys):
 
     capsys.readouterr()
     assert main(command) == 0
-    assert "3 of 3 runs are already finished." in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "3 of 3 runs are already finished." in shown
+    assert "One seed" in shown
+
+    # The same in Python, which finds the runs of the command line.
+    results = compare(
+        recipe,
+        ["gdpo", "gd2po_hard"],
+        seeds=1,
+        settings={"learning_rate": 0.01, "hub_token": "s3cret"},
+        ranges={"low": (0, 1)},
+        output=output,
+    )
+    assert "2 of 2 runs are already finished." in capsys.readouterr().out
+    frame = results.to_frame()
+    assert frame[(frame.method == "gdpo") & (frame.quantity == "low")]["mean"].item() == pytest.approx(logged[1])
+    assert results.verdict in results.report and results._repr_markdown_() == results.report
+
+
+def test_python_and_the_command_line_give_the_same_words():
+    settings = {"reward_weights": [1, 0.5], "reward_kwargs": {"a": {"b": 1}}, "beta": None, "bf16": False}
+    assert option_words(settings, "settings") == (
+        *("--reward_weights", "1", "0.5", "--reward_kwargs", '{"a": {"b": 1}}', "--beta", "none", "--bf16", "False"),
+    )
+    with pytest.raises(UsageError, match="sets `seed` itself"):
+        option_words({"seed": 3}, "settings")
+
+
+def test_a_second_comparison_in_a_folder_is_refused(recipe, tmp_path):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    with FileLock(folder / ".lock"), pytest.raises(UsageError, match="at work in"):
+        compare(recipe, ["gdpo"], seeds=1, output=folder)
+    assert not (folder / "runs").exists()

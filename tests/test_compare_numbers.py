@@ -1,5 +1,6 @@
 """The numbers of `gd2po compare`: statistics over seeds, curves, and the report made of them."""
 
+import io
 import json
 import math
 from pathlib import Path
@@ -8,9 +9,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from scipy import stats
 
 from gd2po_trl.comparison.curves import (
+    AXES,
     Curves,
     counted_rewards,
     mean_between,
@@ -18,11 +21,12 @@ from gd2po_trl.comparison.curves import (
     quantity_values,
     read_curves,
 )
+from gd2po_trl.comparison.display import print_results
 from gd2po_trl.comparison.figures import draw_curves
 from gd2po_trl.comparison.learning_rates import choose_learning_rates, search_table
 from gd2po_trl.comparison.report import markdown, write_json
 from gd2po_trl.comparison.results import evaluate
-from gd2po_trl.comparison.running import Outcome, Run
+from gd2po_trl.comparison.running import Outcome, Progress, Run
 from gd2po_trl.comparison.statistics import (
     holm,
     mean_interval,
@@ -415,3 +419,77 @@ def test_learning_rates_that_fail_are_not_chosen():
     del curves["gdpo"][1e-3]
     _, search = choose_learning_rates(curves, {"a": 1.0, "b": 1.0}, {})
     assert "At the edge of what was tried: gdpo" in search_table(search, [1000])
+
+
+# Verdict and terminal
+
+
+def compared(values: dict[str, list[float]]):
+    """Results of runs whose one reward stays at a value; NaN is a failed run."""
+    variants = [Variant(name, name) for name in values]
+    seeds = list(range(1, 1 + max(map(len, values.values()))))
+    outcomes = {
+        variant.name: [
+            (
+                Outcome(Run(variant, seed, Path("x"), (), {}), None if math.isnan(value) else {}, "it broke"),
+                None if math.isnan(value) else flat_curves(value),
+            )
+            for seed, value in zip(seeds, values[variant.name], strict=True)
+        ]
+        for variant in variants
+    }
+    return evaluate(
+        outcomes, variants, seeds, baseline=variants[0].name, weights={"reward": 1.0}, ranges={"reward": (0.0, 1.0)}
+    )
+
+
+def flat_curves(value: float) -> Curves:
+    spent = {axis: np.array([1.0, 2.0]) for axis in AXES}
+    return Curves(
+        rewards={"reward": np.array([value, value])},
+        spent=spent,
+        total=dict.fromkeys(AXES, 2.0),
+        trained_rows=1.0,
+        completion_length=3.0,
+        final_share=0.1,
+    )
+
+
+def test_the_verdict_names_what_differs_or_that_nothing_does():
+    noise = [0.5, 0.52, 0.49, 0.51, 0.5]
+    assert compared({"gdpo": noise, "b": noise[::-1]}).verdict.startswith("No method differs from gdpo with 5 seeds")
+    assert "with so few" in compared({"gdpo": noise[:2], "b": noise[1:3]}).verdict
+    better = compared({"gdpo": noise, "up": [value + 0.3 + index / 1000 for index, value in enumerate(noise)]})
+    assert "Different from gdpo" in better.verdict and "up: reward higher (+0.302)" in better.verdict
+    assert "One seed" in compared({"gdpo": [0.5], "b": [0.9]}).verdict
+    assert "nothing to compare it with" in compared({"gdpo": noise}).verdict
+    assert "1 of 4" in compared({"gdpo": [0.5, 0.4], "b": [0.5, math.nan]}).verdict
+    assert compared({"gdpo": [math.nan], "b": [math.nan]}).verdict == "All 2 runs failed: it broke"
+
+
+def test_results_are_a_frame():
+    frame = compared({"gdpo": [0.5, 0.52, 0.49], "b": [0.7, 0.71, 0.75]}).to_frame()
+    row = frame[(frame.method == "b") & (frame.quantity == "reward")].iloc[0]
+    assert row["mean"] == pytest.approx(0.72) and row.difference == pytest.approx(0.72 - 0.503333, abs=1e-5)
+    assert row.difference_low < row.difference < row.difference_high and row.seeds == 3
+    assert frame[frame.method == "gdpo"].difference.isna().all()
+
+
+@pytest.mark.parametrize("count", [2, 4, 9])
+def test_the_tables_fit_a_terminal_of_80_columns(count):
+    values = {f"variant_{index}_of_several": [0.5 + index / 9, 0.61, 0.7] for index in range(count)}
+    results = compared(values)
+    results.folder, results.written = Path("outputs/comparison"), ["report.md"]
+    screen = Console(file=io.StringIO(), width=80, markup=False)
+    print_results(results, screen)
+    shown = screen.file.getvalue()
+    assert shown.strip().startswith(results.verdict.split(".")[0][:60])
+    assert max(map(len, shown.splitlines())) <= 80
+    for name in values:
+        assert name in shown  # not broken
+
+
+def test_time_left_is_known_from_the_steps_of_runs_at_work():
+    assert Progress(0, 4, 10.0, [("a", 0, 0)]).seconds_left is None
+    assert Progress(0, 4, 10.0, [("a", 5, 10)]).seconds_left == pytest.approx(70.0)
+    assert Progress(2, 4, 10.0, []).seconds_left == pytest.approx(10.0)

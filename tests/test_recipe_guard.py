@@ -224,7 +224,7 @@ def test_without_vllm_nothing_is_loaded(name, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda module, *rest: None if module == "vllm" else found(module))
     recipe, _ = one_step(name, tmp_path, tmp_path / "no_policy")
     recipe.training.use_vllm = True
-    with pytest.raises(UsageError, match="gd2po-trl\\[vllm\\]"):
+    with pytest.raises(UsageError, match="vLLM is not installed"):
         run_recipe(recipe)
 
 

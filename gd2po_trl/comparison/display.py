@@ -113,13 +113,14 @@ def print_results(results: Results, console: "Console | None" = None) -> None:
             for variant in results.variants
         ]
         console.print(_fitting(f"Mean over {share} ± half the 95 % interval over the seeds", columns, rows, console))
+        console.print("sum: of the rewards, each as a share of its range. worst: the lowest of these shares.\n")
         for title, differences in (
             (f"Difference to {results.baseline}", results.tables["steps", "final"]),
             ("One thing at a time", results.contrasts),
         ):
             if differences:
                 columns = ["method", "quantity", "difference", "95 % interval", "p (Holm)"]
-                console.print(make_table(title, columns, _difference_rows(differences)))
+                console.print(make_table(title, columns, _difference_rows(differences), text_columns=2))
         console.print(make_table("What a run costs", *_costs(results)))
     for note in results.notes:
         console.print(note)

@@ -107,7 +107,7 @@ class Results:
         total, failed = len(self.variants) * len(self.seeds), len(self.failures)
         if failed == total:
             return f"All {total} runs failed: {self.failures[0].outcome.failure}"
-        lost = f" {failed} of {total} runs failed and are missing." if failed else ""
+        lost = f" Runs that failed and are left out: {failed} of {total}." if failed else ""
         seeds = f"{len(self.seeds)} seed{'s' if len(self.seeds) > 1 else ''}"
         rows = self.tables["steps", "final"]
         if not rows:

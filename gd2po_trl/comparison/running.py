@@ -154,8 +154,8 @@ def run_all(
                 free.append(process.device)
                 done += 1
                 left = (time.monotonic() - started) / done * (total - done)
-                rest = f"; about {duration(left)} left" if done < total else ""
-                report(f"[{done}/{total}] {process.run.label}: {process.conclude()}{rest}")
+                rest = f", about {duration(left)} left" if done < total else ""
+                report(f"[{done}/{total}{rest}] {process.run.label}: {process.conclude()}")
     finally:
         for process in active:
             process.stop()

@@ -208,7 +208,9 @@ class VLLMDecoder(Decoder):
         try:
             import vllm  # noqa: F401
         except ImportError as error:
-            raise UsageError("--backend vllm needs vLLM: pip install 'gd2po-trl[vllm]'.") from error
+            raise UsageError(
+                "--backend vllm needs vLLM: pip install -c constraints-vllm.txt '.[vllm]' in a clone of gd2po_trl."
+            ) from error
         super().__init__(settings)
 
     def load_model(self, longest_prompt: int) -> None:

@@ -297,7 +297,7 @@ def _quantization(model: str, load_in_8bit: bool, load_in_4bit: bool, offload: b
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UsageError(
             f"reward model {model!r}: 8-bit and 4-bit loading need bitsandbytes. Install it with "
-            "`pip install gd2po-trl[quantization]`."
+            "`pip install bitsandbytes`."
         )
     if load_in_8bit:
         return {"load_in_8bit": True}

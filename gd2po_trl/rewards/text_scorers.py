@@ -2,7 +2,7 @@
 Small text scorers fitted on human preference pairs: TF-IDF features and a logistic Bradley-Terry model.
 
 They are weak, but they score real text in microseconds, and a helpfulness and a harmlessness scorer really
-conflict. Needs scikit-learn (`pip install gd2po-trl[scorers]`).
+conflict. Needs scikit-learn (`pip install scikit-learn`).
 """
 
 import importlib.util
@@ -149,7 +149,7 @@ def fit_text_scorer(pairs: Any, folder: str | Path, *, source: str = "", folds: 
 
 def _require_sklearn() -> None:
     if importlib.util.find_spec("sklearn") is None:
-        raise UsageError("text scorers need scikit-learn. Install it with `pip install gd2po-trl[scorers]`.")
+        raise UsageError("text scorers need scikit-learn. Install it with `pip install scikit-learn`.")
 
 
 def _cross_validate(
