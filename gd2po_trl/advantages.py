@@ -80,6 +80,27 @@ def check_update_share(value: Any) -> None:
         raise ValueError(f"`update_share` is {value!r}; it must be a number above 0 and at most 1 (1 trains all).")
 
 
+def survives_filter(
+    conflict: torch.Tensor, agreement: torch.Tensor, conflict_filter: str | None, snr_threshold: float = 0.8
+) -> torch.Tensor:
+    """
+    Which rollouts a conflict filter keeps: the one place where filters are defined.
+
+    Args:
+        conflict (`torch.Tensor`, bool): Whether the rewards disagree on a rollout.
+        agreement (`torch.Tensor` of the same shape): Signed share of the push on which they agree.
+        conflict_filter (`str` or `None`), snr_threshold (`float`): As in [`compute_advantages`].
+
+    Returns:
+        `torch.Tensor` of the same shape, bool.
+    """
+    if conflict_filter is None:
+        return torch.ones_like(conflict)
+    if conflict_filter == "snr":
+        return ~(conflict & (agreement.abs() < snr_threshold))
+    return ~conflict
+
+
 def compute_advantages(
     rewards: torch.Tensor,
     num_generations: int,
@@ -181,7 +202,6 @@ def compute_advantages(
     agreement = combined / (per_reward.abs().sum(0) + SIGN_EPS)
 
     conflict = (per_reward.amax(0) > SIGN_EPS) & (per_reward.amin(0) < -SIGN_EPS)
-    kept = scored
     if token_counts is None:
         counts = scored.to(dtype)
     else:
@@ -190,10 +210,7 @@ def compute_advantages(
             raise ValueError(f"`token_counts` has shape {tuple(counts.shape)}; the batch holds {batch_size} rollouts.")
         counts = counts.view(by_group).t().contiguous()
         conflict = conflict & (counts > 0)
-    if conflict_filter == "hard":
-        kept = kept & ~conflict
-    elif conflict_filter == "snr":
-        kept = kept & ~(conflict & (agreement.abs() < snr_threshold))
+    kept = scored & survives_filter(conflict, agreement, conflict_filter, snr_threshold)
 
     kept_per_group = kept.sum(0, dtype=dtype)
     scored_per_group = scored.sum(0, dtype=dtype)

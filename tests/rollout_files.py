@@ -3,9 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from gd2po_trl.analysis.groups import find_groups
-from gd2po_trl.analysis.reading import read_rollouts
-from gd2po_trl.analysis.statistics import analyse, normalise
+from gd2po_trl import analysis
 from gd2po_trl.cli import main as gd2po
 
 
@@ -50,11 +48,8 @@ def write(table: pd.DataFrame, path):
     return path
 
 
-def analyze(*sources, rewards=None, weights=None, num_generations=None, thresholds=(0.2, 0.8)):
-    rollouts = read_rollouts(sources, rewards)
-    weights = np.array(weights or [1.0] * len(rollouts.reward_names))
-    groups = find_groups(rollouts, num_generations)
-    return analyse(rollouts, groups, normalise(rollouts, groups, weights), weights, thresholds)
+def analyze(*sources, thresholds=(0.2, 0.8), **options):
+    return analysis.analyze(*sources, thresholds=thresholds, **options)
 
 
 def command(*arguments) -> int:

@@ -159,7 +159,7 @@ def test_stock_grpo_run(stock_run, tmp_path, capsys):
     assert report["over_steps"]["step"] == [1, 2, 3]
     assert 1 < len({example["prompt"] for example in report["examples"]}) == len(report["examples"])
     for example in report["examples"]:
-        assert example["pushes"][example["favoured_by"]] > 0 > example["pushes"][example["penalised_by"]]
+        assert example["advantages"][example["favoured_by"]] > 0 > example["advantages"][example["penalised_by"]]
         (row,) = [
             row
             for row in tables[example["step"] - 1].to_dict("records")
@@ -186,7 +186,7 @@ def test_figures_equal_those_that_the_trainer_logs(tiny_policy, tmp_path, capsys
     logged = {entry["step"]: entry for entry in trainer.state.log_history if "gd2po/conflict_ratio" in entry}
     assert sorted(logged) == [1, 3, 5]  # every batch is trained on, and logged, twice
 
-    analysis = analyze(tmp_path, weights=[1.0, -0.5], thresholds=[0.6])
+    analysis = analyze(tmp_path, reward_weights=[1.0, -0.5], thresholds=[0.6])
     over = analysis.over_steps
     assert over.step == sorted(logged)
     assert any("repeat the table" in note for note in analysis.notes)
@@ -200,13 +200,13 @@ def test_figures_equal_those_that_the_trainer_logs(tiny_policy, tmp_path, capsys
     kept = [logged[step]["gd2po/kept_ratio"] for step in over.step]
     assert analysis.filters[1].kept_ratio == pytest.approx(statistics.fmean(kept), abs=1e-6)
 
-    # The same without the weights of the run contradicts its log, and says so.
-    assert command(tmp_path) == 0
+    # Without being told, the weights are found in the log; wrong ones contradict it, which is said at the top.
+    found = analyze(tmp_path)
+    assert (found.reward_weights, found.weights_source) == ([1.0, -0.5], "the totals in trainer_state.json")
+    assert found.warnings == []
+    assert command(tmp_path, "--reward-weights", "1", "1") == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert "The run itself judged conflict differently" in printed
-    assert "pass its --reward-weights" in printed
-    assert command(tmp_path, "--reward-weights", "1", "-0.5") == 0
-    assert "reward-weights" not in capsys.readouterr().out
+    assert "The run itself judged conflict differently" in printed[: printed.index("What to do")]
 
 
 def test_quickstart_run(tmp_path):
@@ -269,7 +269,7 @@ def test_hand_made_file(hand_made, tmp_path, suffix):
     assert pair.correlation == pytest.approx(np.mean(correlations), abs=1e-5)
 
     hard, snr_high, snr_low = analysis.filters
-    assert (hard.label, snr_high.label, snr_low.label) == ("Hard", "SNR 0.8", "SNR 0.2")
+    assert [hard.threshold, snr_high.threshold, snr_low.threshold] == [None, 0.8, 0.2]
     assert hard.kept_ratio == pytest.approx(8 / 12)
     assert hard.kept_ratio_with_signal == pytest.approx(4 / 8)
     assert hard.consensus_distribution == pytest.approx([0, 0, 2 / 3, 0, 0, 1 / 3])
@@ -355,7 +355,7 @@ def test_figures_equal_a_naive_computation(groups, seed, data, tmp_path_factory)
     random.Random(seed).shuffle(rows)
     file = tmp_path_factory.mktemp("random") / "rollouts.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
-    assert_equal_figures(analyze(file, rewards=names, weights=weights), naive_figures(groups, weights))
+    assert_equal_figures(analyze(file, rewards=names, reward_weights=weights), naive_figures(groups, weights))
 
 
 def test_figures_equal_the_metrics_of_the_trainer(tmp_path):
@@ -415,60 +415,3 @@ def test_hostile_content_stays_text(tmp_path, capsys):
     example = json.loads((tmp_path / "out" / "report.json").read_text())["examples"][0]
     assert example["completion"] == hostile
     assert {example["favoured_by"], example["penalised_by"]} == {reward, "other"}
-
-
-def verdict_of(first, second, tmp_path, capsys, size=4) -> str:
-    prompts = [f"p{row // size}" for row in range(len(first))]
-    table = pd.DataFrame({"prompt": prompts, "completion": "x", "right": first, "short": second})
-    assert command(write(table, tmp_path / "a.parquet")) == 0
-    return " ".join(capsys.readouterr().out.split())
-
-
-def test_verdicts(tmp_path, capsys):
-    generator = np.random.default_rng(0)
-    right = generator.normal(size=2000)
-    agreeing = verdict_of(right, 100 * right, tmp_path, capsys)
-    assert "disagree on none of the rollouts" in agreeing
-    assert "GD²PO will behave like GDPO: expect no difference" in agreeing
-    assert "short dominates with 99" in agreeing or "short dominates with 100%" in agreeing
-
-    unrelated = verdict_of(right, generator.normal(size=2000), tmp_path, capsys)
-    assert "they are about unrelated, which is not the same as opposed" in unrelated
-    assert "enough conflict" in unrelated
-
-    # One lucky rollout of four is right, and it is long; two of the others are shorter than the fourth.
-    one_sided = verdict_of([1, 0, 0, 0] * 500, [-1, 0, 0, -1] * 500, tmp_path, capsys)
-    assert "right and short disagree on 75%" in one_sided
-    # Their sum is constant but for rounding, of which no advantage must be made.
-    opposed = verdict_of(right, 1 - right, tmp_path, capsys)
-    assert "Under sum-then-normalise" not in opposed
-    assert "right and short disagree on 100%" in opposed
-    assert "they work against each other" in opposed
-    assert "so much conflict that Hard would leave only 0% of the rollouts with signal" in opposed
-
-
-def test_the_verdict_is_about_groups_with_signal(tmp_path, capsys):
-    # Nine groups of ten are saturated; in the others three of four rollouts are in conflict.
-    first, second = [1, 0, 0, 0] + [1] * 36, [-1, 0, 0, -1] + [1] * 36
-    printed = verdict_of(first * 50, second * 50, tmp_path, capsys)
-    assert "right and short disagree on 8%" in printed
-    assert "so much conflict that Hard would leave only 25% of the rollouts with signal" in printed
-    # One conflict among ten rollouts with signal.
-    first, second = [1] * 5 + [0] * 5 + [1] * 30, [1] * 6 + [0] * 4 + [1] * 30
-    printed = verdict_of(first, second, tmp_path, capsys, size=10)
-    assert "some conflict (10% of the rollouts that carry any signal)" in printed
-
-
-def test_one_reward_has_nothing_to_conflict_with(hand_made, tmp_path, capsys):
-    file = write(hand_made, tmp_path / "a.parquet")
-    assert command(file, "--rewards", "correctness", "--output", tmp_path / "out") == 0
-    assert "There is one reward, correctness, and so nothing to conflict with" in capsys.readouterr().out
-
-
-def test_a_run_without_any_signal(hand_made, tmp_path, capsys):
-    file = write(hand_made.assign(correctness=1.0, length=0.1), tmp_path / "a.parquet")
-    assert command(file, "--output", tmp_path / "out") == 0
-    printed = " ".join(capsys.readouterr().out.split())
-    assert "disagree on none" in printed and "In 100% of the groups no reward does" in printed
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert report["cancellation"] is None and report["pairs"][0]["correlation"] is None

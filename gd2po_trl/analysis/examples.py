@@ -8,11 +8,9 @@ from ..advantages import SIGN_EPS
 from ..terminal import shorten
 from .groups import Groups
 from .reading import Rollouts, read_texts
-from .statistics import Analysis, Pushes
+from .statistics import RECENT, Analysis, Normalized
 
 
-# The completions of today say more than those of an untrained policy: examples are from the last part of the steps.
-RECENT = 1 / 3
 # Texts are cut in the middle to this many characters.
 TEXT_LENGTH = 4000
 
@@ -25,8 +23,8 @@ class Example:
     Args:
         favoured_by, penalised_by (`str`): The two rewards.
         step (`int`): Training step.
-        rewards, pushes (`dict[str, float]`): Value and normalised, weighted value of each reward.
-        agreement (`float`): Signed share of the push on which all rewards agree.
+        rewards, advantages (`dict[str, float]`): Value of each reward, and its normalized, weighted advantage.
+        agreement (`float`): Signed share of the advantages on which all rewards agree.
         prompt, completion (`str`): The texts, cut in the middle if they are long.
     """
 
@@ -34,20 +32,21 @@ class Example:
     penalised_by: str
     step: int
     rewards: dict[str, float]
-    pushes: dict[str, float]
+    advantages: dict[str, float]
     agreement: float
     prompt: str
     completion: str
 
 
 def find_examples(
-    rollouts: Rollouts, groups: Groups, pushes: Pushes, analysis: Analysis, count: int = 6
+    rollouts: Rollouts, groups: Groups, normalized: Normalized, analysis: Analysis, count: int = 6
 ) -> list[Example]:
     """
-    The strongest conflicts of the most conflicting pairs of rewards, each from another prompt.
+    The strongest conflicts of the most conflicting pairs of rewards, each from another prompt, from recent steps: the
+    completions of today say more than those of an untrained policy.
 
     Args:
-        rollouts ([`Rollouts`]), groups ([`Groups`]), pushes ([`Pushes`]), analysis ([`Analysis`]):
+        rollouts ([`Rollouts`]), groups ([`Groups`]), normalized ([`Normalized`]), analysis ([`Analysis`]):
             The data and its figures.
         count (`int`, *optional*, defaults to 6):
             How many to return at most.
@@ -61,12 +60,12 @@ def find_examples(
     names = rollouts.reward_names
     row_step = np.repeat(groups.steps, groups.sizes)
     recent = row_step >= np.quantile(np.unique(groups.steps), 1 - RECENT)
-    prompt = rollouts.prompt[groups.order]
+    prompt = rollouts.prompt[groups.order] if rollouts.layout.prompt is not None else normalized.group
     per_direction = max(count // len(directions), 1)
     chosen: list[tuple[int, str, str]] = []
     seen: set[int] = set()
     for _, up, down in directions:
-        strength = np.minimum(pushes.weighted[:, names.index(up)], -pushes.weighted[:, names.index(down)])
+        strength = np.minimum(normalized.weighted[:, names.index(up)], -normalized.weighted[:, names.index(down)])
         candidates = np.flatnonzero(recent & (strength > SIGN_EPS))
         if len(candidates) == 0:
             candidates = np.flatnonzero(strength > SIGN_EPS)
@@ -87,8 +86,8 @@ def find_examples(
             penalised_by=down,
             step=int(row_step[row]),
             rewards=dict(zip(names, rollouts.rewards[groups.order[row]].tolist(), strict=True)),
-            pushes=dict(zip(names, pushes.weighted[row].tolist(), strict=True)),
-            agreement=float(pushes.agreement[row]),
+            advantages=dict(zip(names, normalized.weighted[row].tolist(), strict=True)),
+            agreement=float(normalized.agreement[row]),
             prompt=shorten(prompt_text, TEXT_LENGTH),
             completion=shorten(completion, TEXT_LENGTH),
         )

@@ -84,7 +84,7 @@ def _over_training(panel, analysis: Analysis) -> None:
     pairs = sorted(analysis.pairs, key=lambda pair: -pair.conflict_ratio)[:MAX_PAIRS]
     if len(analysis.over_steps.step) == 1:
         return _at_one_step(panel, analysis, pairs)
-    _title(panel, "Conflict over training", "share of rollouts that one reward pushes up and another down")
+    _title(panel, "Conflict over training", "share of rollouts that one reward favors and another disfavors")
     over = analysis.over_steps
     steps, weights = np.array(over.step, dtype=float), np.array(over.rollouts, dtype=float)
     marker = "o" if len(steps) <= 30 else None
@@ -97,7 +97,7 @@ def _over_training(panel, analysis: Analysis) -> None:
                 *_binned(steps, values, weights), color=colour, lw=1.3, marker=marker, ms=2.5, label=_pair(pair)
             )
     unrelated = _binned(steps, np.array(over.unrelated_ratio), weights)
-    panel.plot(*unrelated, color=MUTED, lw=1.2, ls=(0, (4, 3)), label="any two, if unrelated")
+    panel.plot(*unrelated, color=MUTED, lw=1.2, ls=(0, (4, 3)), label="any two, by chance")
     # Room for the legend above the curves.
     top = max(panel.get_ylim()[1], 0.02)
     panel.set_ylim(0, top * (1.2 + 0.05 * len(pairs)))
@@ -115,14 +115,14 @@ def _pair(pair: PairFigures) -> str:
 
 
 def _at_one_step(panel, analysis: Analysis, pairs: list[PairFigures]) -> None:
-    _title(panel, "Conflict", "share of rollouts that one reward pushes up and another down")
+    _title(panel, "Conflict", "share of rollouts that one reward favors and another disfavors")
     several = pairs if len(analysis.pairs) > 1 else []
     names = ["any two" if several else _pair(pairs[0]), *(_pair(pair) for pair in several)][::-1]
     values = [analysis.conflict_ratio, *(pair.conflict_ratio for pair in several)][::-1]
     unrelated = [analysis.unrelated_ratio, *(pair.unrelated_ratio for pair in several)][::-1]
     y = np.arange(len(names))
     panel.barh(y, np.nan_to_num(values), height=0.55, color=COLOURS[0], label="measured")
-    panel.scatter(unrelated, y, marker="|", s=260, linewidths=2, color=COLOURS[1], label="if unrelated", zorder=3)
+    panel.scatter(unrelated, y, marker="|", s=260, linewidths=2, color=COLOURS[1], label="by chance", zorder=3)
     panel.set_yticks(y, names)
     _share_axis(panel, len(names))
     if len(names) == 1:
@@ -141,7 +141,7 @@ def _share_axis(panel, bars: int) -> None:
 
 
 def _pair_matrix(panel, analysis: Analysis) -> None:
-    _title(panel, "Who contradicts whom", "share of rollouts that the row favours and the column penalises")
+    _title(panel, "Who contradicts whom", "share of rollouts that the row favors and the column disfavors")
     names = [reward.name for reward in analysis.rewards]
     if len(names) < 2:
         return _nothing(panel, "one reward: no pair")
@@ -167,14 +167,17 @@ def _pair_matrix(panel, analysis: Analysis) -> None:
 
 
 def _kept(panel, analysis: Analysis) -> None:
-    _title(panel, "What the filters would keep", "of the rollouts with signal, and of their net push")
+    _title(panel, "What the filters would keep", "of the rollouts with an advantage, and of the summed advantages")
     if len(analysis.rewards) < 2:
         return _nothing(panel, "one reward: nothing to filter")
     bars = analysis.filters[::-1]
     y = np.arange(len(bars))
     rollouts = [one.kept_ratio_with_signal for one in bars]
     push = [one.kept_push for one in bars]
-    for values, offset, colour, name in ((rollouts, 0.19, COLOURS[0], "rollouts"), (push, -0.19, "#9cc4e4", "push")):
+    for values, offset, colour, name in (
+        (rollouts, 0.19, COLOURS[0], "rollouts"),
+        (push, -0.19, "#9cc4e4", "advantages"),
+    ):
         panel.barh(y + offset, values, height=0.34, color=colour, label=name)
         for position, value in zip(y, values, strict=True):
             if not np.isnan(value):
@@ -224,7 +227,7 @@ def _agreement(panel, analysis: Analysis) -> None:
     panel.set_ylim(0, top)
     panel.set_xlim(0, 1)
     panel.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    panel.set_xlabel("|agreement|; SNR drops what is left of its threshold τ", fontsize=9, color=INK)
+    panel.set_xlabel("|agreement|; GD²PO-SNR drops what is left of its threshold τ", fontsize=9, color=INK)
     panel.grid(axis="y", color=GRID, lw=0.7)
     panel.set_axisbelow(True)
 
@@ -234,12 +237,12 @@ def _shares(panel, analysis: Analysis) -> None:
     rewards = analysis.rewards[::-1]
     y = np.arange(len(rewards))
     series = (
-        ([reward.share_sum_then_normalise for reward in rewards], 0.19, COLOURS[1], "GRPO (sum first)"),
-        ([reward.share_normalise_then_sum for reward in rewards], -0.19, COLOURS[0], "GDPO (normalise first)"),
+        ([reward.share_sum_then_normalise for reward in rewards], 0.19, COLOURS[1], "GRPO (summed first)"),
+        ([reward.share_normalise_then_sum for reward in rewards], -0.19, COLOURS[0], "GDPO (normalized first)"),
     )
     known = [value for values, *_ in series for value in values if not np.isnan(value)]
     if not known:
-        return _nothing(panel, "no reward tells rollouts apart")
+        return _nothing(panel, "no reward varies within a group")
     for values, offset, colour, name in series:
         values = np.nan_to_num(values)
         panel.barh(y + offset, values, height=0.34, color=colour, label=name)

@@ -1,18 +1,21 @@
 """Finds the groups: which rollouts answer the same prompt of the same generation batch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
 
 from ..errors import UsageError
-from .reading import Rollouts, is_trl_table
+from .formats import is_trl_table
+from .reading import Rollouts
 
 
 # A file counts as written batch by batch, each prompt's rollouts side by side, if this share of its rows stands in
 # runs of exactly the most frequent length, and this share in runs of a multiple of it (the prompt drawn twice).
 EXACT_RUNS = 0.8
 MULTIPLE_RUNS = 0.95
+# A larger share of rollouts in groups of another size than was given is a warning: evaluations leave some.
+MISFITS = 0.05
 
 
 @dataclass(frozen=True)
@@ -29,12 +32,15 @@ class Groups:
             Training step of each group.
         notes (`list[str]`):
             Rows that were left out and other doubts, in plain language.
+        warnings (`list[str]`):
+            What may make the figures wrong.
     """
 
     order: np.ndarray
     sizes: np.ndarray
     steps: np.ndarray
     notes: list[str]
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def starts(self) -> np.ndarray:
@@ -64,9 +70,11 @@ def find_groups(rollouts: Rollouts, num_generations: int | None = None) -> Group
             Rollouts per group, G.
 
     Raises:
-        [`UsageError`]: if no prompt has two rollouts in the same step.
+        [`UsageError`]: if no prompt has two rollouts in the same step, or if only `num_generations` could tell the
+            groups and it is missing or does not fit.
     """
     notes: list[str] = []
+    warnings: list[str] = []
     rows, dropped_tables = _without_repeated_tables(rollouts)
     if dropped_tables:
         notes.append(
@@ -79,6 +87,8 @@ def find_groups(rollouts: Rollouts, num_generations: int | None = None) -> Group
     by_step = np.lexsort((step, run))
     rows = _without_remnants(rollouts, rows[by_step], notes)
     run, step, prompt = rollouts.run[rows], rollouts.step[rows], rollouts.prompt[rows]
+    if rollouts.layout.prompt is None:
+        return _groups_by_order(rollouts, rows, num_generations, notes)
     is_start = np.ones(len(rows), dtype=bool)
     is_start[1:] = (prompt[1:] != prompt[:-1]) | (step[1:] != step[:-1]) | (run[1:] != run[:-1])
     side_by_side = np.diff(np.append(np.flatnonzero(is_start), len(rows)))
@@ -112,14 +122,43 @@ def find_groups(rollouts: Rollouts, num_generations: int | None = None) -> Group
         notes.append(f"{alone:,} rollouts are alone with their prompt and step (evaluation?), and are left out.")
     steps = step[np.flatnonzero(group_start)][sizes > 1]
     sizes = sizes[sizes > 1]
-    groups = Groups(order=rows[grouped], sizes=sizes, steps=steps, notes=notes)
+    groups = Groups(order=rows[grouped], sizes=sizes, steps=steps, notes=notes, warnings=warnings)
     uneven = int(sizes[sizes != groups.typical_size].sum())
-    if uneven:
+    misfits = int(sizes[sizes != num_generations].sum()) + alone
+    if num_generations and misfits > MISFITS * len(rows):
+        warnings.append(
+            f"--num-generations {num_generations} does not fit: {misfits:,} of {len(rows):,} rollouts are in groups "
+            "of another size, or alone. Without the option groups are found by prompt and step."
+        )
+    elif uneven:
         notes.append(
             f"Groups hold {groups.typical_size} rollouts; {uneven:,} rollouts ({uneven / sizes.sum():.0%}) are in "
             f"groups of another size ({sizes.min()} to {sizes.max()}), each compared within its own."
         )
     return groups
+
+
+def _groups_by_order(rollouts: Rollouts, rows: np.ndarray, num_generations: int | None, notes: list[str]) -> Groups:
+    """Groups of `num_generations` rows each, where only the order of the rows, sorted by run and step, tells them."""
+    if not num_generations:
+        raise UsageError(
+            f"'{rollouts.files[0]}' holds prompt and completion as one text in `{rollouts.layout.completion}`, so "
+            "that only their order tells which rollouts belong to one prompt. Give the rollouts per prompt: "
+            "--num-generations G."
+        )
+    run, step = rollouts.run[rows], rollouts.step[rows]
+    parts = np.flatnonzero((run[1:] != run[:-1]) | (step[1:] != step[:-1])) + 1
+    counts = np.diff([0, *parts, len(rows)])
+    if (counts % num_generations).any():
+        wrong = int(np.flatnonzero(counts % num_generations)[0])
+        where = f"step {step[[0, *parts][wrong]]}" if rollouts.has_step else f"'{rollouts.files[0]}'"
+        raise UsageError(
+            f"--num-generations {num_generations} does not fit: {where} has {counts[wrong]} rollouts, which is no "
+            "multiple of it."
+        )
+    sizes = np.full(len(rows) // num_generations, num_generations)
+    notes.append(f"Groups are {num_generations} rows each, in the order of the file.")
+    return Groups(order=rows, sizes=sizes, steps=step[::num_generations], notes=notes)
 
 
 def _frequent_run_length(lengths: np.ndarray) -> int:

@@ -1,35 +1,47 @@
-"""Reads logged rollouts: the completions tables of any TRL `GRPOTrainer` run, or JSONL, CSV and parquet files.
+"""Reads logged rollouts: which columns hold rewards, and their values.
 
 Texts are hashed as they are read and not kept, so that memory grows with the number of rollouts and not with their
 length. `read_texts` fetches the few texts that a report shows.
 """
 
 import json
+import numbers
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ..errors import UsageError
+from .formats import JSON_SUFFIXES, Layout, find_files, find_layout, is_trl_table, read_chunks, require, step_in_name
+from .weights import exact_weights, logged_rewards
 
 
-JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
-SUFFIXES = (".parquet", ".csv", *JSON_SUFFIXES)
-# Rows in memory at a time.
-CHUNK_ROWS = 8192
 # Numeric columns that are no rewards. A numeric column that a reward function logs by `log_extra` looks like a reward;
 # the run's `trainer_state.json`, where there is one, tells them apart.
 NOT_A_REWARD = re.compile(
-    r"gd2po_.*|steps?|global_step|epoch|advantages?|__index_level_\d+__|unnamed: \d+|index|idx|id|.*_(id|idx|index)"
-    r"|rank|seed|num_tokens|completion_length|prompt_length",
+    r"gd2po_.*|steps?|global_steps?|gen_step|epoch|iteration|advantages?|__index_level_\d+__|unnamed: \d+|index|idx|id"
+    r"|uid|.*_(id|idx|index)|rank|seed|timestamp|time|loss|entropy|kl|temperature|num_turns|num_tokens"
+    r"|(num_)?(input|output|prompt|completion|response|generation|token)s?_(len|lengths?|tokens?|count)"
+    r"|(is_)?truncated|.*logps?|.*logprobs?",
     re.IGNORECASE,
 )
+# A file without types holds answers and rewards alike as text; these are answers.
+AN_ANSWER = re.compile(
+    r".*(answer|solution|gold|target|label|ground_?truth|reference|expected|pred(iction)?|parsed)s?|gts?",
+    re.IGNORECASE,
+)
+# Columns that hold the total of the others, if it fits, or if there is no doubt about the name.
+PERHAPS_A_TOTAL = re.compile(r"(.*_)?(rewards?|scores?|sum|total|return)", re.IGNORECASE)
+SURELY_A_TOTAL = re.compile(
+    r"(total|sum|overall|combined|final)(_(rewards?|scores?))?|rewards?_(total|sum)", re.IGNORECASE
+)
+# Text that stands for "no value".
+NO_VALUE = ("", "none", "null", "na", "n/a", "#n/a", "nan", "-", "--", "missing")
 
 
 @dataclass
@@ -43,19 +55,24 @@ class Rollouts:
         rewards (`np.ndarray` of shape `(N, K)`, float64):
             NaN where a reward function did not score the rollout.
         step (`np.ndarray` of shape `(N,)`, int64):
-            Training step; 0 throughout where the files have no column `step`.
+            Training step; 0 throughout where the files tell none.
         prompt, completion (`np.ndarray` of shape `(N,)`, uint64):
             Hashes of the texts.
+        length (`np.ndarray` of shape `(N,)`, int64):
+            Characters of the completions.
         run (`np.ndarray` of shape `(N,)`, int32):
             Which run (folder) the rollout is from.
         file, row (`np.ndarray` of shape `(N,)`, int32 and int64):
             Where its texts are.
         extra (`dict[str, np.ndarray]`):
-            `advantage` and `gd2po_conflict`, where the first file has them; float64, shape `(N,)`, NaN if missing.
+            `advantage` and `gd2po_conflict`, where the first file has them, and `total`, the total reward of a file
+            that has a column of it; float64, shape `(N,)`, NaN if missing.
         files (`list[Path]`):
             The files.
-        has_step (`bool`):
-            Whether the files have a column `step`.
+        layout ([`Layout`]):
+            Where they keep what.
+        warnings (`list[str]`):
+            What may make the figures wrong, to be said first.
         notes (`list[str]`):
             What a reader of the figures has to know.
     """
@@ -65,63 +82,23 @@ class Rollouts:
     step: np.ndarray
     prompt: np.ndarray
     completion: np.ndarray
+    length: np.ndarray
     run: np.ndarray
     file: np.ndarray
     row: np.ndarray
     extra: dict[str, np.ndarray]
     files: list[Path]
-    has_step: bool
+    layout: Layout
+    warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.step)
 
-
-def find_files(sources: Sequence[str | Path]) -> list[Path]:
-    """
-    The files with rollouts behind `sources`: output folders of runs, folders with such files, or files.
-
-    Raises:
-        [`UsageError`]: for a source that does not exist, or that holds no rollouts.
-    """
-    found: dict[Path, Path] = {}
-    for source in map(Path, sources):
-        if source.is_file():
-            if source.suffix.lower() not in SUFFIXES:
-                raise UsageError(
-                    f"'{source}' has an unknown ending; rollouts are read from {', '.join(SUFFIXES)} (JSON: one "
-                    "object per line)."
-                )
-            files = [source]
-        elif source.is_dir():
-            files = _files_in(source)
-        else:
-            raise UsageError(f"'{source}' does not exist. Give the output folder of a run, or files with rollouts.")
-        for file in files:
-            found.setdefault(file.resolve(), file)
-    return list(found.values())
-
-
-def _files_in(folder: Path) -> list[Path]:
-    completions = folder / "completions"
-    if completions.is_dir():
-        folder = completions
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
-    tables = [path for path in files if path.suffix == ".parquet"]
-    # The output folder of a run without logged completions is full of other JSON.
-    files = tables or [path for path in files if path.suffix.lower() != ".json"]
-    if not files:
-        raise UsageError(
-            f"'{folder}' holds no logged completions. Train with `log_completions=True` (TRL then writes "
-            "completions/completions_*.parquet), or give JSONL or CSV files with the columns prompt, completion and "
-            "one per reward."
-        )
-    return files
-
-
-def is_trl_table(file: Path) -> bool:
-    """Whether `file` is called as TRL calls the completions of a logging step."""
-    return file.name.startswith("completions_") and file.suffix == ".parquet"
+    @property
+    def has_step(self) -> bool:
+        """Whether the files tell the training step."""
+        return self.layout.step is not None or self.layout.step_in_name
 
 
 def read_rollouts(sources: Sequence[str | Path], reward_names: Sequence[str] | None = None) -> Rollouts:
@@ -130,71 +107,68 @@ def read_rollouts(sources: Sequence[str | Path], reward_names: Sequence[str] | N
 
     Args:
         sources (sequence of `str` or `Path`):
-            Output folders of runs, folders with files, or parquet, JSONL or CSV files, with the columns `prompt`,
-            `completion`, one per reward and, where there are several steps, `step`.
+            Output folders of runs, folders with files, or parquet, JSONL or CSV files: completions that TRL logged,
+            rollouts as ms-swift, verl or NeMo-RL dump them, or files with the columns `prompt`, `completion`, one per
+            reward and, where there are several steps, `step`.
         reward_names (sequence of `str`, *optional*):
             The columns that hold rewards. Where not given, those that the run's `trainer_state.json` names as rewards,
-            or else all numeric columns that are no step, advantage, identifier or diagnostic of ours.
+            or else all columns of numbers or booleans that are no step, advantage, identifier, total or diagnostic.
 
     Returns:
         [`Rollouts`]
 
     Raises:
-        [`UsageError`]: if a file cannot be read, or lacks a column; it says which, and what to do.
+        [`UsageError`]: if a file cannot be read, or lacks a column or a prompt; it says which, and what to do.
     """
     files = find_files(sources)
-    notes = []
-    chunks_of_first = _chunks(files[0])
-    first = next(chunks_of_first, None)
-    if first is None:
-        raise UsageError(f"'{files[0]}' holds no rows.")
-    _require(first, files[0], ["prompt", "completion"])
+    warnings: list[str] = []
+    notes: list[str] = []
+    first = None
+    while first is None:
+        first = next((chunk for chunk in read_chunks(files[0]) if len(chunk)), None)
+        if first is None and len(files) == 1:
+            raise UsageError(f"'{files[0]}' holds no rows.")
+        if first is None:
+            notes.append(f"'{files.pop(0)}' holds no rows.")
+    layout = find_layout(first.columns, files)
     if reward_names:
-        names = list(dict.fromkeys(reward_names))
-        _require(first, files[0], names)
+        names, total = list(dict.fromkeys(reward_names)), None
+        require(first, files[0], names)
     else:
-        names = _detect_rewards(first, files[0], notes)
+        names, total = _detect_rewards(first, files[0], layout, warnings, notes)
     extra_names = [name for name in ("advantage", "gd2po_conflict") if name in first.columns]
+    extra_names += [total] if total is not None else []
 
     folders = list(dict.fromkeys(file.parent.resolve() for file in files))
-    has_step = "step" in first.columns
-    columns = ["prompt", "completion", "step", *names, *extra_names]
+    columns = [*layout.texts, *([layout.step] if layout.step else []), *names, *extra_names]
     parts: list[dict[str, np.ndarray]] = []
+    replaced: dict[str, list[str]] = {}
     for index, file in enumerate(files):
         # A JSON object may leave out what is null: a reward that did not score the rollout.
         optional = [*extra_names, *(names if file.suffix.lower() in JSON_SUFFIXES else [])]
+        also = [] if layout.step else ["step"]
         rows = 0
-        for chunk in _chunks(file, columns, optional if has_step else [*optional, "step"]):
-            if not has_step and chunk["step"].notna().any():
+        for chunk in read_chunks(file, [*columns, *also], [*optional, *also]):
+            if also and not layout.step_in_name and chunk["step"].notna().any():
                 raise UsageError(
-                    f"'{file}' has a column `step` and '{files[0]}' has none; analyse them one after another."
+                    f"'{file}' has a column `step` and '{files[0]}' has none; analyze them one after another."
                 )
-            part = _arrays(chunk, file, names, extra_names, has_step, rows)
+            part = _arrays(chunk, file, layout, names, extra_names, rows, replaced)
             part["file"] = np.full(len(chunk), index, dtype=np.int32)
             part["run"] = np.full(len(chunk), folders.index(file.parent.resolve()), dtype=np.int32)
             part["row"] = np.arange(rows, rows + len(chunk))
             rows += len(chunk)
             parts.append(part)
+    for name, cells in replaced.items():
+        texts = ", ".join(repr(text) for text in dict.fromkeys(cells))
+        warnings.append(f"{len(cells):,} values of {name} are {texts[:80]}: these rollouts count as not scored by it.")
 
     joined = {name: np.concatenate([part.pop(name) for part in parts]) for name in list(parts[0])}
-    rewards = joined["rewards"]
-    infinite = np.isinf(rewards).sum(0)
-    if infinite.any():
-        culprit = int(infinite.argmax())
-        raise UsageError(
-            f"The reward column '{names[culprit]}' holds {infinite[culprit]} infinite values. Replace them by finite "
-            "numbers, or leave them empty (not scored)."
-        )
-    empty = [name for name, scored in zip(names, (~np.isnan(rewards)).any(0), strict=True) if not scored]
-    if empty:
-        notes.append(f"No rollout has a value of {', '.join(empty)}: left out.")
-        rewards = rewards[:, [name not in empty for name in names]]
-        names = [name for name in names if name not in empty]
-    if not names:
-        raise UsageError("No rollout has a reward: every reward column is empty.")
+    extra = {"total" if name == total else name: joined[f"extra {name}"] for name in extra_names}
+    names, rewards = _usable(names, joined["rewards"], notes)
     if len(folders) > 1:
         notes.append(f"Rollouts of {len(folders)} folders are pooled; groups are formed within a folder.")
-    if not has_step:
+    if layout.step is None and not layout.step_in_name:
         notes.append("There is no column `step`: all rows count as one step, so nothing is said about change.")
     if any(map(is_trl_table, files)):
         notes.append(
@@ -204,32 +178,48 @@ def read_rollouts(sources: Sequence[str | Path], reward_names: Sequence[str] | N
     return Rollouts(
         reward_names=names,
         rewards=rewards,
-        step=joined["step"],
-        prompt=joined["prompt"],
-        completion=joined["completion"],
-        run=joined["run"],
-        file=joined["file"],
-        row=joined["row"],
-        extra={name: joined[name] for name in extra_names},
+        **{name: joined[name] for name in ("step", "prompt", "completion", "length", "run", "file", "row")},
+        extra=extra,
         files=files,
-        has_step=has_step,
+        layout=layout,
+        warnings=warnings,
         notes=notes,
     )
 
 
+def _usable(names: list[str], rewards: np.ndarray, notes: list[str]) -> tuple[list[str], np.ndarray]:
+    """The rewards with values; an infinite one is an error."""
+    infinite = np.isinf(rewards).sum(0)
+    if infinite.any():
+        culprit = int(infinite.argmax())
+        raise UsageError(
+            f"The reward column '{names[culprit]}' holds {infinite[culprit]} infinite values. Replace them by finite "
+            "numbers, or leave them empty (not scored)."
+        )
+    scored = (~np.isnan(rewards)).any(0)
+    if not scored.any():
+        raise UsageError("No rollout has a reward: every reward column is empty.")
+    if not scored.all():
+        empty = [name for name, has_value in zip(names, scored, strict=True) if not has_value]
+        notes.append(f"No rollout has a value of {', '.join(empty)}: left out.")
+    return [name for name, has_value in zip(names, scored, strict=True) if has_value], rewards[:, scored]
+
+
 def read_texts(rollouts: Rollouts, indices: Sequence[int]) -> list[tuple[str, str]]:
     """Prompt and completion of the rollouts at `indices`, as plain text, read from their files again."""
+    layout = rollouts.layout
     texts: dict[int, tuple[str, str]] = {}
     by_file: dict[int, dict[int, int]] = {}
     for index in indices:
         by_file.setdefault(int(rollouts.file[index]), {})[int(rollouts.row[index])] = index
     for file, rows in by_file.items():
         start = 0
-        for chunk in _chunks(rollouts.files[file], ["prompt", "completion"]):
+        for chunk in read_chunks(rollouts.files[file], layout.texts):
             here = [row for row in rows if start <= row < start + len(chunk)]
             for row in here:
                 record = chunk.iloc[row - start]
-                texts[rows[row]] = (as_text(record["prompt"]), as_text(record["completion"]))
+                prompt = "" if layout.prompt is None else as_text(record[layout.prompt])
+                texts[rows[row]] = (prompt, as_text(record[layout.completion]))
             start += len(chunk)
             if start > max(rows):
                 break
@@ -242,6 +232,8 @@ def as_text(value: Any) -> str:
         return value
     if isinstance(value, np.ndarray):
         value = value.tolist()
+    if value is None:
+        return ""
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         return json.dumps(value, ensure_ascii=False, default=str)
     lines = []
@@ -260,110 +252,13 @@ def as_text(value: Any) -> str:
     return "\n".join(lines)
 
 
-def logged_rewards(file: Path) -> list[dict[str, float]]:
-    """The log entries with rewards in the `trainer_state.json` of the run of `file`; `[]` if there is none."""
-    folder = file.resolve().parent
-    run = folder.parent if folder.name == "completions" else folder
-    checkpoints = [path for path in run.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
-    newest_first = sorted(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-    for candidate in (run, *newest_first):
-        try:
-            history = json.loads((candidate / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-        entries = [entry for entry in history if isinstance(entry, dict) and "reward" in entry]
-        if entries:
-            return entries
-    return []
+# Which columns are rewards
 
 
-# Files
-
-
-def _chunks(file: Path, columns: Sequence[str] | None = None, optional: Sequence[str] = ()) -> Iterator[pd.DataFrame]:
-    """The rows of `file`, some thousand at a time; of `columns` (default: all) the `optional` may be missing."""
-    suffix = file.suffix.lower()
-    try:
-        if suffix == ".parquet":
-            chunks = _parquet_chunks(file, columns)
-        elif suffix == ".csv":
-            # As text: an empty cell is the only missing value, and a prompt of "1e3" stays one.
-            chunks = pd.read_csv(file, dtype=str, keep_default_na=False, chunksize=CHUNK_ROWS, encoding="utf-8-sig")
-        else:
-            chunks = _json_chunks(file)
-        for chunk in chunks:
-            if columns is not None:
-                _require(chunk, file, [name for name in columns if name not in optional])
-                chunk = chunk.reindex(columns=list(columns))
-            yield chunk
-    except (pa.ArrowException, pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise UsageError(f"'{file}' cannot be read: {str(error).splitlines()[0]}") from error
-
-
-def _parquet_chunks(file: Path, columns: Sequence[str] | None) -> Iterator[pd.DataFrame]:
-    with pq.ParquetFile(file) as table:
-        present = table.schema_arrow.names
-        selected = None if columns is None else [name for name in present if name in columns]
-        for batch in table.iter_batches(CHUNK_ROWS, columns=selected):
-            # Nested columns become Python lists and dicts, and are the only ones for which pandas is no help.
-            yield pd.DataFrame(
-                {
-                    name: _as_objects(column) if pa.types.is_nested(column.type) else column.to_pandas()
-                    for name, column in zip(batch.schema.names, batch.columns, strict=True)
-                }
-            )
-
-
-def _as_objects(column: pa.Array) -> np.ndarray:
-    values = np.empty(len(column), dtype=object)
-    values[:] = column.to_pylist()
-    return values
-
-
-def _json_chunks(file: Path) -> Iterator[pd.DataFrame]:
-    records: list[dict] = []
-    with file.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UsageError(
-                    f"'{file}', line {number} is not JSON ({error}). The file must hold one JSON object per line."
-                ) from error
-            if not isinstance(record, dict):
-                raise UsageError(
-                    f"'{file}', line {number} holds a {type(record).__name__}; the file must hold one JSON object per "
-                    "line (JSONL), each a rollout."
-                )
-            records.append(record)
-            if len(records) == CHUNK_ROWS:
-                yield pd.DataFrame(records, dtype=object)
-                records = []
-    if records:
-        yield pd.DataFrame(records, dtype=object)
-
-
-def _require(chunk: pd.DataFrame, file: Path, columns: Iterable[str]) -> None:
-    missing = [column for column in columns if column not in chunk.columns]
-    if missing:
-        rewards = [name for name in missing if name not in ("prompt", "completion", "step")]
-        remedy = (
-            "Name the reward columns with --rewards, or analyse files with different columns apart."
-            if rewards
-            else "Rename the column that holds it; a rollout needs prompt, completion and one column per reward."
-        )
-        raise UsageError(
-            f"'{file}' has no column {', '.join(f'`{name}`' for name in missing)} (it has: "
-            f"{', '.join(map(str, chunk.columns))}). {remedy}"
-        )
-
-
-# Columns
-
-
-def _detect_rewards(chunk: pd.DataFrame, file: Path, notes: list[str]) -> list[str]:
+def _detect_rewards(
+    chunk: pd.DataFrame, file: Path, layout: Layout, warnings: list[str], notes: list[str]
+) -> tuple[list[str], str | None]:
+    """The names of the reward columns, and of the column that holds their total, if there is one."""
     logged = {
         match.group(1)
         for entry in logged_rewards(file)
@@ -372,37 +267,94 @@ def _detect_rewards(chunk: pd.DataFrame, file: Path, notes: list[str]) -> list[s
     }
     names = [str(name) for name in chunk.columns if name in logged]
     if names:
-        return names
+        return names, None
+    is_typed = file.suffix.lower() != ".csv"
     candidates = [
         str(name)
         for name in chunk.columns
-        if name not in ("prompt", "completion") and not NOT_A_REWARD.fullmatch(str(name))
+        if name not in (*layout.texts, layout.step)
+        and not NOT_A_REWARD.fullmatch(str(name))
+        and (is_typed or not AN_ANSWER.fullmatch(str(name)))
     ]
-    names = [name for name in candidates if _holds_numbers(chunk[name])]
+    names, others = [], []
+    for name in candidates:
+        number_share, stray = _number_share(chunk[name], is_typed)
+        if number_share > 0 and stray is None:
+            names.append(name)
+            continue
+        others.append(name)
+        if number_share >= 0.5 and stray is not None:
+            warnings.append(
+                f"{name} is not taken as a reward: {number_share:.0%} of its values are numbers, and one is "
+                f"{stray[:40]!r}. Correct it, or leave the cell empty where the rollout was not scored."
+            )
+    total = _total(chunk, names, layout)
+    if total is not None:
+        names.remove(total)
     if not names:
         raise UsageError(
             f"'{file}' has no reward column: of its columns ({', '.join(map(str, chunk.columns))}) none that may hold "
-            "a reward is numeric. Name the reward columns with --rewards."
+            "a reward holds numbers. A column of digits as text counts as text; name it with --rewards if it is one."
         )
-    others = [name for name in candidates if name not in names]
     notes.append(
-        f"Taken as rewards, being numeric columns: {', '.join(names)}."
+        f"Taken as rewards, being columns of numbers: {', '.join(names)}."
+        + (f" The total: {total}." if total else "")
         + (f" Not: {', '.join(others)}." if others else "")
         + " --rewards names others."
     )
-    return names
+    return names, total
 
 
-def _holds_numbers(column: pd.Series) -> bool:
+def _number_share(column: pd.Series, is_typed: bool) -> tuple[float, str | None]:
+    """The share of numbers among the values of a column, and one that is neither a number nor stands for none."""
+    if pd.api.types.is_numeric_dtype(column.dtype):
+        return 1.0, None
+    found, stray, values = 0, None, 0
+    for value in column:
+        if value is None or value is pd.NA or value is pd.NaT:
+            continue
+        if isinstance(value, float) and np.isnan(value):
+            continue
+        if isinstance(value, str) and value.strip().lower() in NO_VALUE:
+            continue
+        values += 1
+        if isinstance(value, (numbers.Real, Decimal, np.bool_)) or (not is_typed and _is_number(value)):
+            found += 1
+        elif stray is None:
+            stray = str(value)
+    return (found / values if values else 0.0), stray
+
+
+def _is_number(value: Any) -> bool:
     try:
-        values = _to_numbers(column)
+        _to_number(value)
     except (TypeError, ValueError, OverflowError):
         return False
-    return len(values) > 0 and not np.isnan(values).all()
+    return True
+
+
+def _total(chunk: pd.DataFrame, names: list[str], layout: Layout) -> str | None:
+    """The column among `names` that is the total of the others."""
+    if len(names) < 2:
+        return None
+    for name in layout.totals:
+        if name in names:
+            return name
+    for name in names:
+        if PERHAPS_A_TOTAL.fullmatch(name):
+            parts = [other for other in names if other != name]
+            values = np.stack([_to_numbers(chunk[part]) for part in parts], axis=1)
+            weights = exact_weights(values, _to_numbers(chunk[name]))
+            if SURELY_A_TOTAL.fullmatch(name) or (len(parts) > 1 and weights is not None):
+                return name
+    return None
+
+
+# Values
 
 
 def _to_numbers(column: pd.Series) -> np.ndarray:
-    """`column` as float64: NaN for null and empty text. Raises where a value is no number."""
+    """`column` as float64: NaN for null and text that stands for it. Raises where a value is no number."""
     if pd.api.types.is_numeric_dtype(column.dtype):
         return column.to_numpy(dtype=np.float64, na_value=np.nan)
     return np.array([_to_number(value) for value in column], dtype=np.float64)
@@ -413,39 +365,94 @@ def _to_number(value: Any) -> float:
         return np.nan
     if isinstance(value, str):
         text = value.strip().lower()
-        if text in ("", "none", "null", "na", "true", "false"):
-            return {"true": 1.0, "false": 0.0}.get(text, np.nan)
+        if text in ("true", "false"):
+            return float(text == "true")
+        if text in NO_VALUE:
+            return np.nan
     return float(value)
 
 
 def _arrays(
-    chunk: pd.DataFrame, file: Path, names: list[str], extra_names: list[str], has_step: bool, start: int
+    chunk: pd.DataFrame,
+    file: Path,
+    layout: Layout,
+    names: list[str],
+    extra_names: list[str],
+    start: int,
+    replaced: dict[str, list[str]],
 ) -> dict[str, np.ndarray]:
-    arrays = {"prompt": _hashes(chunk["prompt"]), "completion": _hashes(chunk["completion"])}
-    numbers = {}
-    for name in [*names, *extra_names, *(["step"] if has_step else [])]:
-        try:
-            numbers[name] = _to_numbers(chunk[name])
-        except (TypeError, ValueError, OverflowError) as error:
+    numbers_of = {name: _checked_numbers(chunk[name], file, name, start) for name in [*names, *extra_names]}
+    for name in names:
+        if not pd.api.types.is_numeric_dtype(chunk[name].dtype):
+            texts = [
+                value for value in chunk[name] if isinstance(value, str) and value.strip().lower() in NO_VALUE[1:]
+            ]
+            if texts:
+                replaced.setdefault(name, []).extend(texts)
+    hashes, lengths = hash_texts(chunk[layout.completion])
+    arrays = {
+        "prompt": np.zeros(len(chunk), dtype=np.uint64),
+        "completion": hashes,
+        "length": lengths,
+        "rewards": np.stack([numbers_of[name] for name in names], axis=1),
+        "step": np.full(len(chunk), step_in_name(file) if layout.step_in_name else 0, dtype=np.int64),
+    }
+    if layout.prompt is not None:
+        empty = [index for index, value in enumerate(chunk[layout.prompt]) if _is_empty(value)]
+        if empty:
             raise UsageError(
-                f"'{file}' rows {start + 1} to {start + len(chunk)}: the column `{name}` is not numeric ({error}). "
-                "Name the reward columns with --rewards, or correct the file."
-            ) from error
-    arrays["rewards"] = np.stack([numbers[name] for name in names], axis=1)
-    arrays.update({name: numbers[name] for name in extra_names})
-    if has_step and not (np.abs(numbers["step"]) < 2**53).all():
-        raise UsageError(f"'{file}' has rows whose `step` is no whole number. Fill the column, or remove it.")
-    arrays["step"] = numbers["step"].astype(np.int64) if has_step else np.zeros(len(chunk), dtype=np.int64)
-    return arrays
+                f"'{file}', row {start + empty[0] + 1} has no prompt: `{layout.prompt}` is null or empty there (and "
+                f"in {len(empty) - 1} further rows near it). Rollouts are compared with those of the same prompt; "
+                "fill the column."
+            )
+        arrays["prompt"], _ = hash_texts(chunk[layout.prompt])
+    if layout.step is not None:
+        steps = _checked_numbers(chunk[layout.step], file, layout.step, start)
+        wrong = np.flatnonzero(~((np.abs(steps) < 2**53) & (steps == np.floor(steps))))
+        if len(wrong):
+            raise UsageError(
+                f"'{file}', row {start + wrong[0] + 1}: the `{layout.step}` {steps[wrong[0]]:g} is no whole number. "
+                "Number the steps 0, 1, 2, …, or remove the column."
+            )
+        arrays["step"] = steps.astype(np.int64)
+    return {**arrays, **{f"extra {name}": numbers_of[name] for name in extra_names}}
 
 
-def _hashes(column: pd.Series) -> np.ndarray:
-    texts = np.empty(len(column), dtype=object)
-    texts[:] = [
-        value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str) for value in column
-    ]
+def _checked_numbers(column: pd.Series, file: Path, name: str, start: int) -> np.ndarray:
     try:
-        return pd.util.hash_array(texts, categorize=False)
+        return _to_numbers(column)
+    except (TypeError, ValueError, OverflowError) as error:
+        row = next(index for index, value in enumerate(column) if not _is_number(value))
+        raise UsageError(
+            f"'{file}', row {start + row + 1}: `{name}` is {str(column.iloc[row])[:40]!r}; the column `{name}` is not "
+            "numeric. Correct the value, leave it empty if the rollout was not scored, or name the reward columns "
+            "with --rewards."
+        ) from error
+
+
+def _is_empty(prompt: Any) -> bool:
+    if isinstance(prompt, str):
+        return not prompt.strip()
+    if isinstance(prompt, (list, tuple, np.ndarray)):
+        return not any(bool(_content(message)) for message in prompt)
+    return prompt is None or prompt is pd.NA or (isinstance(prompt, float) and np.isnan(prompt)) or prompt == {}
+
+
+def _content(message: Any) -> bool:
+    content = message.get("content", message) if isinstance(message, dict) else message
+    return content is not None and (not hasattr(content, "__len__") or len(content) > 0)
+
+
+def hash_texts(values: Iterable[Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Hashes, uint64, and lengths, int64, of prompts or completions: text or messages."""
+    listed = list(values)
+    texts = np.empty(len(listed), dtype=object)
+    texts[:] = [
+        value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str) for value in listed
+    ]
+    lengths = np.array([len(text) for text in texts], dtype=np.int64)
+    try:
+        return pd.util.hash_array(texts, categorize=False), lengths
     except UnicodeEncodeError:  # JSON can hold half a surrogate pair
         texts[:] = [text.encode("utf-8", "backslashreplace").decode() for text in texts]
-        return pd.util.hash_array(texts, categorize=False)
+        return pd.util.hash_array(texts, categorize=False), lengths

@@ -16,11 +16,14 @@ from rich.text import Text
 
 from ..errors import UsageError
 from ..terminal import printable, shorten
+from .doctor import Report
 from .examples import Example
-from .statistics import Analysis
-from .tables import Table, number, tables
+from .tables import Table, tables
+from .wording import cut, number
 
 
+# Columns of text; all others hold numbers.
+NAME_COLUMNS = ("reward", "first", "second", "filter", "steps")
 # Nothing in the file may load or run anything, whatever a completion holds.
 CONTENT_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
@@ -33,7 +36,6 @@ h1 { font-size: 1.7rem; margin: 0 0 .2rem } h2 { font-size: 1.2rem; margin: 2.6r
 .source, .help, footer { color: var(--muted); font-size: .9rem; overflow-wrap: anywhere }
 .summary { border-left: 4px solid var(--accent); background: var(--soft); padding: .9rem 1.3rem; margin: 1.3rem 0 }
 .summary p { margin: .45rem 0 } .summary p:first-child { font-size: 1.1rem; font-weight: 600 }
-.summary p:last-child { font-weight: 600 }
 ul.notes { color: var(--muted); font-size: .9rem; padding-left: 1.2rem }
 img { width: 100%; height: auto; border: 1px solid var(--line); border-radius: 6px }
 .scroll { overflow-x: auto } table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
@@ -49,33 +51,75 @@ pre { margin: 0; padding: .6rem .8rem; background: var(--soft); border-radius: 4
 """
 
 
-def print_report(
-    analysis: Analysis, summary: Sequence[str], examples: Sequence[Example], console: Console | None = None
-) -> None:
-    """Print the report: the sentences first, then tables, examples and notes."""
+def print_report(report: Report, console: Console | None = None) -> None:
+    """Print the report: the verdict and what to do first, then the evidence, examples and notes."""
     console = console or Console(highlight=False)
     width = min(console.width, 110)
+
+    def paragraph(text: str, style: str = "") -> None:
+        console.print(Text(printable(text), style=style), width=width)
+
     console.print()
-    for index, sentence in enumerate(summary):
-        style = "bold" if index in (0, len(summary) - 1) else ""
-        console.print(Text(printable(sentence), style=style), width=width)
+    paragraph(report.verdict.text, "bold")
+    console.print()
+    for warning in report.warnings:
+        paragraph(f"Careful: {warning}", "bold yellow")
+    if report.warnings:
         console.print()
-    for table in tables(analysis):
-        console.print(_rich_table(table))
+    console.print(Text("What to do", style="bold"))
+    for advice in report.recommendation.advice:
+        console.print(_bullet(advice), width=width)
+    console.print()
+    for line in _settings(report):
+        console.print(Text(f"    {line}"), soft_wrap=True)
+    console.print()
+    console.print(Text("Evidence", style="bold"))
+    for sentence in [*(finding.text for finding in report.findings), *report.summary]:
+        console.print(_bullet(sentence), width=width)
+    console.print()
+    for table in tables(report):
+        console.print(_rich_table(table, width))
         console.print(Padding(Text(table.help, style="dim"), (0, 1, 1, 1)), width=width)
-    if examples:
+    if report.examples:
         console.print(Text("Rollouts on which the rewards disagree most", style="bold"))
-        for example in examples[:3]:
+        for example in report.examples[:3]:
             _print_example(example, console, width)
         console.print()
-    if analysis.notes:
+    if report.notes:
         console.print(Text("Notes", style="bold"))
-        for note in analysis.notes:
-            console.print(Text(f"- {printable(note)}", style="dim"), width=width)
+        for note in report.notes:
+            console.print(_bullet(note, "dim"), width=width)
         console.print()
 
 
-def _rich_table(table: Table) -> RichTable:
+def _bullet(text: str, style: str = "") -> RichTable:
+    grid = RichTable.grid(padding=(0, 1))
+    grid.add_row(Text("-", style=style), Text(printable(text), style=style))
+    return grid
+
+
+def _settings(report: Report) -> list[str]:
+    """Lines of YAML to paste: the recommended settings, or else the weights that make the rewards equally loud."""
+    settings = dict(report.recommendation.settings)
+    lines = [f"{key}: {_yaml(value)}" for key, value in settings.items()]
+    if len(report.rewards) > 1:
+        names = ", ".join(reward.name for reward in report.rewards)
+        if "reward_weights" in settings:
+            lines[-1:] = [f"# {printable(names)}", lines[-1]]
+        elif any(reward.spread > 0 for reward in report.rewards):
+            lines += [
+                f"# equally loud ({printable(names)}):",
+                "# scale_rewards: none",
+                f"# reward_weights: {_yaml(report.equalizing_weights)}",
+            ]
+    return lines
+
+
+def _yaml(value: Any) -> str:
+    return f"[{', '.join(f'{entry:g}' for entry in value)}]" if isinstance(value, list) else str(value)
+
+
+def _rich_table(table: Table, width: int) -> RichTable:
     grid = RichTable(
         title=table.title,
         title_justify="left",
@@ -84,27 +128,37 @@ def _rich_table(table: Table) -> RichTable:
         padding=(0, 1),
         pad_edge=False,
     )
+    names = [index for index, column in enumerate(table.columns) if column in NAME_COLUMNS]
     for index, column in enumerate(table.columns):
-        left = index == 0
-        grid.add_column(
-            Text(printable(column)),
-            justify="left" if left else "right",
-            vertical="top",
-            overflow="fold",
-        )
+        left = index in names
+        # Headings break between words only; numbers and names not at all.
+        grid.add_column(Text(printable(column)), justify="left" if left else "right", vertical="bottom", no_wrap=False)
+    numbers = sum(
+        max(*(len(row[index]) for row in table.rows), *map(len, column.split())) + 3
+        for index, column in enumerate(table.columns)
+        if index not in names
+    )
+    room = max((width - numbers) // max(len(names), 1) - 3, 8)
     for row in table.rows:
-        grid.add_row(*(Text(printable(shorten(cell, 60))) for cell in row))
+        grid.add_row(
+            *(
+                Text(cut(printable(cell), room) if index in names else cell, no_wrap=True)
+                for index, cell in enumerate(row)
+            )
+        )
     return grid
 
 
 def _print_example(example: Example, console: Console, width: int) -> None:
     line = Text(f"\nstep {example.step}: ")
-    line.append(f"{printable(example.favoured_by)} favours it", style="green")
+    line.append(f"{printable(example.favoured_by)} favors it", style="green")
     line.append(", ")
-    line.append(f"{printable(example.penalised_by)} penalises it", style="red")
+    line.append(f"{printable(example.penalised_by)} disfavors it", style="red")
     line.append(f"  ({printable(_values(example))})", style="dim")
     console.print(line, width=width)
     for label, text, length in (("prompt", example.prompt, 200), ("completion", example.completion, 300)):
+        if not text:
+            continue
         body = Text(f"{label}: ", style="dim")
         body.append(printable(shorten(" ".join(text.split()), length)), style="not dim")
         console.print(Padding(body, (0, 0, 0, 2)), width=width)
@@ -112,42 +166,30 @@ def _print_example(example: Example, console: Console, width: int) -> None:
 
 def _values(example: Example) -> str:
     return ", ".join(
-        f"{name} {number(value)} → {example.pushes[name]:+.2f}" for name, value in example.rewards.items()
+        f"{name} {number(value)} → {example.advantages[name]:+.2f}" for name, value in example.rewards.items()
     )
 
 
-def write_report(
-    folder: Path, analysis: Analysis, summary: Sequence[str], examples: Sequence[Example], source: str
-) -> list[Path]:
+def write_report(folder: Path, report: Report) -> list[Path]:
     """
     Write `report.html`, `report.png` and `report.json` into `folder`; the paths written.
 
     Args:
         folder (`Path`):
             Made if it does not exist. Reports of before are replaced.
-        analysis ([`Analysis`]), summary (sequence of `str`), examples (sequence of [`Example`]):
+        report ([`Report`]):
             What to write.
-        source (`str`):
-            What was analysed, for the heading.
     """
     from .figure import draw  # matplotlib is slow to load, and only needed here
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
         paths = [folder / name for name in ("report.html", "report.png", "report.json")]
-        draw(analysis, paths[1])
-        paths[0].write_text(
-            render_html(analysis, summary, examples, source, paths[1].read_bytes()),
-            encoding="utf-8",
-            errors="backslashreplace",  # a lone surrogate in a completion
-        )
-        document = {
-            "source": source,
-            "summary": list(summary),
-            **analysis.to_dict(),
-            "examples": [vars(example) for example in examples],
-        }
-        paths[2].write_text(json.dumps(_without_nan(document), indent=1, allow_nan=False), encoding="utf-8")
+        draw(report, paths[1])
+        page = render_html(report, paths[1].read_bytes())
+        paths[0].write_text(page, encoding="utf-8", errors="backslashreplace")  # a lone surrogate in a completion
+        document = _without_nan(report.to_dict())
+        paths[2].write_text(json.dumps(document, indent=1, allow_nan=False), encoding="utf-8")
     except OSError as error:
         raise UsageError(f"the report cannot be written to '{folder}': {error}. Choose another --output.") from error
     return paths
@@ -161,37 +203,44 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def render_html(
-    analysis: Analysis, summary: Sequence[str], examples: Sequence[Example], source: str, picture: bytes
-) -> str:
+def render_html(report: Report, picture: bytes = b"") -> str:
     """The report as one HTML page that needs nothing else; all text of the data is escaped."""
+    image = base64.b64encode(picture).decode("ascii")
     parts = [
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',
         f'<meta http-equiv="Content-Security-Policy" content="{CONTENT_POLICY}">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>Conflict of rewards</title><style>{STYLE}</style></head><body>",
-        "<h1>Do the rewards conflict?</h1>",
-        f'<p class="source">{_escape(source)}</p>',
-        '<div class="summary">',
-        *(f"<p>{_escape(sentence)}</p>" for sentence in summary),
+        f"<title>Rewards</title><style>{STYLE}</style></head><body>",
+        "<h1>What the rewards do</h1>",
+        f'<p class="source">{_escape(report.source)}</p>',
+        f'<div class="summary"><p>{_escape(report.verdict.text)}</p>',
+        *(f'<p class="down">Careful: {_escape(warning)}</p>' for warning in report.warnings),
         "</div>",
-        f'<img alt="Figures of the report" src="data:image/png;base64,{base64.b64encode(picture).decode("ascii")}">',
-        *(_html_table(table) for table in tables(analysis)),
+        "<h2>What to do</h2>",
+        _html_list(report.recommendation.advice),
+        f"<pre>{_escape(chr(10).join(_settings(report)))}</pre>" if _settings(report) else "",
+        "<h2>Evidence</h2>",
+        _html_list([*(finding.text for finding in report.findings), *report.summary]),
+        f'<img alt="Figures of the report" src="data:image/png;base64,{image}">' if picture else "",
+        *(_html_table(table) for table in tables(report)),
     ]
-    if examples:
+    if report.examples:
         parts.append("<h2>Rollouts on which the rewards disagree most</h2>")
         parts.append(
-            '<p class="help">From the last third of the steps, each from another prompt. A value, then what the '
-            "normalisation makes of it within its group, in standard deviations times the weight.</p>"
+            '<p class="help">From the last third of the steps, each from another prompt. A value, then its advantage '
+            "within its group, in standard deviations times the weight.</p>"
         )
-        parts += [_html_example(example) for example in examples]
-    if analysis.notes:
-        parts += ["<h2>Notes</h2>", '<ul class="notes">']
-        parts += [f"<li>{_escape(note)}</li>" for note in analysis.notes]
-        parts.append("</ul>")
+        parts += [_html_example(example) for example in report.examples]
+    if report.notes:
+        parts += ["<h2>Notes</h2>", _html_list(report.notes, "notes")]
     parts.append("</body></html>\n")
-    return "\n".join(parts)
+    return "\n".join(filter(None, parts))
+
+
+def _html_list(sentences: Sequence[str], style: str = "") -> str:
+    items = "\n".join(f"<li>{_escape(sentence)}</li>" for sentence in sentences)
+    return f'<ul class="{style}">\n{items}\n</ul>'
 
 
 def _escape(text: str) -> str:
@@ -210,8 +259,8 @@ def _html_table(table: Table) -> str:
 def _html_example(example: Example) -> str:
     return (
         f'<div class="example"><p>Step {example.step}: '
-        f'<span class="up">{_escape(example.favoured_by)} favours it</span>, '
-        f'<span class="down">{_escape(example.penalised_by)} penalises it</span></p>'
+        f'<span class="up">{_escape(example.favoured_by)} favors it</span>, '
+        f'<span class="down">{_escape(example.penalised_by)} disfavors it</span></p>'
         f'<p class="help">{_escape(_values(example))}; agreement {example.agreement:+.2f}</p>'
         f'<p class="label">Prompt</p><pre>{_escape(example.prompt)}</pre>'
         f'<p class="label">Completion</p><pre>{_escape(example.completion)}</pre></div>'

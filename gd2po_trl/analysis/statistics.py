@@ -1,6 +1,6 @@
 """The figures of the report: what the rewards do to each other, and what each method would make of it.
 
-Normalised rewards, conflict and agreement come from [`compute_advantages`], exactly as in training; here they are only
+Normalized rewards, conflict and agreement come from [`compute_advantages`], exactly as in training; here they are only
 counted.
 """
 
@@ -12,15 +12,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..advantages import RESIDUE, SIGN_EPS, compute_advantages
+from ..advantages import RESIDUE, SIGN_EPS, compute_advantages, survives_filter
 from ..diagnostics import pair_conflicts, pair_name
 from .groups import Groups
+from .noise import look_like_noise
 from .reading import Rollouts
 
 
 # Bounds of the kept share of a group: none, up to a quarter, ..., below all, all.
 CONSENSUS_BINS = ("0", "0 to 1/4", "1/4 to 1/2", "1/2 to 3/4", "3/4 to 1", "1")
 AGREEMENT_BINS = 20
+# The share of the steps that counts as recent.
+RECENT = 1 / 3
 
 
 @dataclass(frozen=True)
@@ -34,12 +37,21 @@ class RewardFigures:
         scored (`float`): Share of the rollouts that it scored.
         mean, std, minimum, maximum (`float`): Over all scored rollouts.
         std_within_groups (`float`): Root of the mean variance within groups.
+        spread (`float`): The same over the groups in which the reward varies, each counted once; NaN if there is none.
+            `1 / spread` is the weight that makes rewards equally loud where nothing else divides them.
         groups_without_signal (`float`): Share of groups in which it gives all rollouts the same value, or none.
+        recent_groups_without_signal, recent_mean (`float`): The same share, and the mean, in the last third of the
+            steps.
+        distinct_values (`int`): How many different values it gave.
+        outlier (`float`): The largest deviation from a group's mean, in units of `spread`.
+        looks_like_noise (`bool`): Whether nothing that is known of the rollouts has to do with it: neither the prompt,
+            nor the length of the completion, nor another reward, nor the step of training; or it gave the same
+            completion different values.
         share_sum_then_normalise (`float`):
             Its share of the squared GRPO advantage, `sum w dev_k dev_S / sum dev_S^2` averaged over groups, where `S`
             is the weighted sum of rewards. The shares of all rewards sum to 1; one is negative if the sum goes
             against the reward.
-        share_normalise_then_sum (`float`): The same under decoupled normalisation (GDPO, GD²PO without its filter).
+        share_normalise_then_sum (`float`): The same under decoupled normalization (GDPO, GD²PO without its filter).
     """
 
     name: str
@@ -50,7 +62,13 @@ class RewardFigures:
     minimum: float
     maximum: float
     std_within_groups: float
+    spread: float
     groups_without_signal: float
+    recent_groups_without_signal: float
+    recent_mean: float
+    distinct_values: int
+    outlier: float
+    looks_like_noise: bool
     share_sum_then_normalise: float
     share_normalise_then_sum: float
 
@@ -63,7 +81,7 @@ class PairFigures:
     Args:
         first, second (`str`): Their names.
         conflict_ratio (`float`): Share of rollouts that they push in opposite directions.
-        first_up, second_up (`float`): The part of it in which the first, or the second, is the one that pushes up.
+        first_up, second_up (`float`): The part of it in which the first, or the second, is the one that normalized up.
         unrelated_ratio (`float`):
             What `conflict_ratio` would be on average if each reward's values were shuffled within their groups.
         correlation (`float`): Of the values within groups; groups in which either is constant do not count.
@@ -87,7 +105,7 @@ class FilterFigures:
         name (`str`): `"hard"` or `"snr"`.
         threshold (`float` or `None`): Of the SNR filter.
         kept_ratio (`float`): Share of the scored rollouts.
-        kept_ratio_with_signal (`float`): Share of the rollouts on which some reward pushes at all.
+        kept_ratio_with_signal (`float`): Share of the rollouts on which some reward normalized at all.
         kept_push (`float`): Share of the net push, `sum |sum_k A_k|`.
         emptied_groups (`float`): Share of the groups with signal that keep no rollout.
         consensus_mean (`float`): Mean over groups of the kept share of the group.
@@ -105,7 +123,7 @@ class FilterFigures:
 
     @property
     def label(self) -> str:
-        return "Hard" if self.threshold is None else f"SNR {self.threshold:g}"
+        return "GD²PO-Hard" if self.threshold is None else f"GD²PO-SNR {self.threshold:g}"
 
 
 @dataclass(frozen=True)
@@ -139,14 +157,16 @@ class Analysis:
     Args:
         rollouts, groups, steps (`int`): Grouped and scored rollouts, groups, logged steps.
         group_size (`int`): The most frequent size of a group.
-        conflict_ratio (`float`): Share of rollouts on which some reward pushes up and another down.
+        conflict_ratio (`float`): Share of rollouts with a positive advantage under one reward and a negative one under
+            another.
         conflict_ratio_error (`float`): Its standard error, with groups as the independent units.
-        conflict_ratio_with_signal (`float`): The same among rollouts on which some reward pushes at all.
+        conflict_ratio_with_signal (`float`): The same among rollouts with an advantage under some reward.
         unrelated_ratio (`float`): What it would be on average if each reward were shuffled within its groups.
         cancellation (`float`): `1 - sum |sum_k A_k| / sum |A_k|`.
-        groups_without_signal (`float`): Share of groups in which no reward tells the rollouts apart.
+        groups_without_signal (`float`): Share of groups in which no reward varies.
         agreement_distribution (`list[float]`): Share of conflicting rollouts by |agreement|, equal bins over [0, 1].
         rewards, pairs, filters, over_steps: Figures per reward, pair, filter and step.
+        warnings (`list[str]`): What may make the figures wrong.
         notes (`list[str]`): What a reader has to know about the data.
     """
 
@@ -165,6 +185,7 @@ class Analysis:
     pairs: list[PairFigures]
     filters: list[FilterFigures]
     over_steps: StepFigures
+    warnings: list[str]
     notes: list[str]
 
     def to_dict(self) -> dict[str, Any]:
@@ -173,9 +194,9 @@ class Analysis:
 
 
 @dataclass(frozen=True)
-class Pushes:
+class Normalized:
     """
-    The normalised rewards of R grouped rollouts, in the order of `Groups.order`.
+    The normalized rewards of R grouped rollouts, in the order of `Groups.order`.
 
     Args:
         unweighted, weighted (`np.ndarray` of shape `(R, K)`): Before and after the weight.
@@ -198,23 +219,26 @@ class Pushes:
         return self.scored_by.any(1)
 
 
-def normalise(rollouts: Rollouts, groups: Groups, weights: np.ndarray) -> Pushes:
-    """Normalise the rewards of every group as training does, all groups of one size at once."""
+def normalize(rollouts: Rollouts, groups: Groups, weights: np.ndarray, scale_rewards: str = "group") -> Normalized:
+    """Normalize the rewards of every group as training does, all groups of one size (and batch) at once."""
     rewards = rollouts.rewards[groups.order]
     unweighted = np.zeros_like(rewards)
     weighted = np.zeros_like(rewards)
     conflict = np.zeros(len(rewards), dtype=bool)
     agreement = np.zeros(len(rewards))
-    for size in np.unique(groups.sizes).tolist():
-        members = (groups.starts[groups.sizes == size][:, None] + np.arange(size)).reshape(-1)
+    batch = groups.steps if scale_rewards == "batch" else np.zeros_like(groups.steps)
+    for size, step in np.unique(np.stack([groups.sizes, batch], axis=1), axis=0).tolist():
+        members = (groups.starts[(groups.sizes == size) & (batch == step)][:, None] + np.arange(size)).reshape(-1)
         values = torch.from_numpy(rewards[members])
-        options = {"conflict_filter": None, "consensus_weighting": None, "whitening": None}
+        options: dict[str, Any] = {"conflict_filter": None, "consensus_weighting": None, "whitening": None}
         unweighted[members] = compute_advantages(values, size, **options).per_reward.numpy()
-        breakdown = compute_advantages(values, size, reward_weights=torch.from_numpy(weights), **options)
+        breakdown = compute_advantages(
+            values, size, reward_weights=torch.from_numpy(weights), scale_rewards=scale_rewards, **options
+        )
         weighted[members] = breakdown.per_reward.numpy()
         conflict[members] = breakdown.conflict.numpy()
         agreement[members] = breakdown.agreement.numpy()
-    return Pushes(
+    return Normalized(
         unweighted=unweighted,
         weighted=weighted,
         scored_by=~np.isnan(rewards),
@@ -224,10 +248,10 @@ def normalise(rollouts: Rollouts, groups: Groups, weights: np.ndarray) -> Pushes
     )
 
 
-def analyse(
+def measure(
     rollouts: Rollouts,
     groups: Groups,
-    pushes: Pushes,
+    normalized: Normalized,
     weights: np.ndarray,
     thresholds: Sequence[float],
 ) -> Analysis:
@@ -235,8 +259,8 @@ def analyse(
     Count what the report shows.
 
     Args:
-        rollouts ([`Rollouts`]), groups ([`Groups`]), pushes ([`Pushes`]):
-            The data, its groups and their normalised rewards.
+        rollouts ([`Rollouts`]), groups ([`Groups`]), normalized ([`Normalized`]):
+            The data, its groups and their normalized rewards.
         weights (`np.ndarray` of shape `(K,)`):
             Weight of each reward.
         thresholds (sequence of `float`):
@@ -244,18 +268,18 @@ def analyse(
     """
     names = rollouts.reward_names
     rewards = rollouts.rewards[groups.order]
-    scored = int(pushes.scored.sum())
-    push = np.abs(pushes.weighted).sum(1)
-    net = np.abs(pushes.weighted.sum(1))
-    with_signal = (np.abs(pushes.weighted) > SIGN_EPS).any(1)
-    pairs = pair_conflicts(torch.from_numpy(pushes.weighted)).numpy()
+    scored = int(normalized.scored.sum())
+    push = np.abs(normalized.weighted).sum(1)
+    net = np.abs(normalized.weighted.sum(1))
+    with_signal = (np.abs(normalized.weighted) > SIGN_EPS).any(1)
+    pairs = pair_conflicts(torch.from_numpy(normalized.weighted)).numpy()
     starts = groups.starts
-    conflicts_per_group = np.add.reduceat(pushes.conflict.astype(np.float64), starts)
-    scored_per_group = np.add.reduceat(pushes.scored.astype(np.float64), starts)
+    conflicts_per_group = np.add.reduceat(normalized.conflict.astype(np.float64), starts)
+    scored_per_group = np.add.reduceat(normalized.scored.astype(np.float64), starts)
     signal_per_group = np.logical_or.reduceat(with_signal, starts)
     conflict_ratio = _ratio(conflicts_per_group.sum(), scored)
-    expected, expected_pairs = _expected_if_unrelated(pushes, scored_per_group, starts)
-    agreement_counts, _ = np.histogram(np.abs(pushes.agreement[pushes.conflict]), AGREEMENT_BINS, range=(0, 1))
+    expected, expected_pairs = _expected_if_unrelated(normalized, scored_per_group, starts)
+    agreement_counts, _ = np.histogram(np.abs(normalized.agreement[normalized.conflict]), AGREEMENT_BINS, range=(0, 1))
     filters = [None, *sorted(set(thresholds), reverse=True)]
 
     return Analysis(
@@ -265,53 +289,75 @@ def analyse(
         steps=len(np.unique(groups.steps)),
         conflict_ratio=conflict_ratio,
         conflict_ratio_error=_standard_error(conflicts_per_group, scored_per_group),
-        conflict_ratio_with_signal=_ratio(pushes.conflict.sum(), with_signal.sum()),
+        conflict_ratio_with_signal=_ratio(normalized.conflict.sum(), with_signal.sum()),
         unrelated_ratio=_ratio(expected.sum(), scored),
         cancellation=_cancellation(net.sum(), push.sum()),
         groups_without_signal=float(1 - signal_per_group.mean()),
         agreement_distribution=(agreement_counts / max(agreement_counts.sum(), 1)).tolist(),
-        rewards=_reward_figures(names, weights, rewards, pushes, groups),
+        rewards=_reward_figures(rollouts, weights, rewards, normalized, groups),
         pairs=[
-            _pair_figures(names, (a, b), pushes, starts, pairs[:, index], expected_pairs[:, index], scored)
+            _pair_figures(names, (a, b), normalized, starts, pairs[:, index], expected_pairs[:, index], scored)
             for index, (a, b) in enumerate(combinations(range(len(names)), 2))
         ],
         filters=[
-            _filter_figures(threshold, pushes, with_signal, net, signal_per_group, scored_per_group, starts)
+            _filter_figures(threshold, normalized, with_signal, net, signal_per_group, scored_per_group, starts)
             for threshold in filters
         ],
-        over_steps=_over_steps(names, groups, rewards, pushes, pairs, push, net, signal_per_group, expected),
+        over_steps=_over_steps(names, groups, rewards, normalized, pairs, push, net, signal_per_group, expected),
+        warnings=[*rollouts.warnings, *groups.warnings],
         notes=[*rollouts.notes, *groups.notes],
     )
 
 
 def _reward_figures(
-    names: list[str], weights: np.ndarray, rewards: np.ndarray, pushes: Pushes, groups: Groups
+    rollouts: Rollouts, weights: np.ndarray, rewards: np.ndarray, normalized: Normalized, groups: Groups
 ) -> list[RewardFigures]:
-    deviation = _centred(rewards, pushes.scored_by, groups)
-    count = np.add.reduceat(pushes.scored_by.astype(np.float64), groups.starts)
-    # What GRPO normalises: the weighted sum, an unscored reward adding nothing to it.
+    names = rollouts.reward_names
+    deviation = _centred(rewards, normalized.scored_by, groups)
+    count = np.add.reduceat(normalized.scored_by.astype(np.float64), groups.starts)
+    # What GRPO normalizes: the weighted sum, an unscored reward adding nothing to it.
     terms = np.nan_to_num(rewards) * weights
-    grpo_shares = _shares_of_groups(terms, pushes.scored, groups)
-    total = pushes.weighted.sum(1)
-    gdpo_shares = [_ratio((pushes.weighted[:, k] * total).sum(), (total * total).sum()) for k in range(len(names))]
+    grpo_shares = _shares_of_groups(terms, normalized.scored, groups)
+    gdpo_terms = normalized.unweighted * weights
+    total = gdpo_terms.sum(1)
+    gdpo_shares = [_ratio((gdpo_terms[:, k] * total).sum(), (total * total).sum()) for k in range(len(names))]
     degrees = np.maximum(count - 1, 0).sum(0)
-    signal = np.logical_or.reduceat(np.abs(pushes.unweighted) > SIGN_EPS, groups.starts)
+    signal = np.logical_or.reduceat(np.abs(normalized.unweighted) > SIGN_EPS, groups.starts)
+    spread = _spread(deviation, count, signal, groups)
+    recent = groups.steps >= np.quantile(np.unique(groups.steps), 1 - RECENT)
+    recent_rewards = rewards[recent[normalized.group]]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        outlier = np.abs(deviation).max(0) / spread
+    noise = look_like_noise(rollouts, groups, normalized)
     return [
         RewardFigures(
             name=name,
             weight=float(weights[k]),
-            scored=_ratio(count[:, k].sum(), pushes.scored.sum()),
+            scored=_ratio(count[:, k].sum(), normalized.scored.sum()),
             mean=float(np.nanmean(rewards[:, k])) if count[:, k].any() else np.nan,
             std=float(np.nanstd(rewards[:, k], ddof=1)) if count[:, k].sum() > 1 else np.nan,
             minimum=float(np.nanmin(rewards[:, k])) if count[:, k].any() else np.nan,
             maximum=float(np.nanmax(rewards[:, k])) if count[:, k].any() else np.nan,
             std_within_groups=float(np.sqrt(_ratio((deviation[:, k] ** 2).sum(), degrees[k]))),
+            spread=float(spread[k]),
             groups_without_signal=float(1 - signal[:, k].mean()),
+            recent_groups_without_signal=float(1 - signal[recent, k].mean()),
+            recent_mean=_ratio(np.nansum(recent_rewards[:, k]), (~np.isnan(recent_rewards[:, k])).sum()),
+            distinct_values=len(np.unique(rewards[normalized.scored_by[:, k], k])),
+            outlier=float(outlier[k]),
+            looks_like_noise=bool(noise[k]),
             share_sum_then_normalise=float(grpo_shares[k]),
             share_normalise_then_sum=float(gdpo_shares[k]),
         )
         for k, name in enumerate(names)
     ]
+
+
+def _spread(deviation: np.ndarray, count: np.ndarray, signal: np.ndarray, groups: Groups) -> np.ndarray:
+    """The root of the mean sample variance over the groups in which a reward varies, `(K,)`; NaN if it never does."""
+    variance = np.add.reduceat(deviation**2, groups.starts) / np.maximum(count - 1, 1)
+    with np.errstate(invalid="ignore"):
+        return np.sqrt(np.where(signal, variance, 0.0).sum(0) / signal.sum(0))
 
 
 def _centred(values: np.ndarray, counts: np.ndarray, groups: Groups) -> np.ndarray:
@@ -340,24 +386,24 @@ def _shares_of_groups(terms: np.ndarray, scored: np.ndarray, groups: Groups) -> 
 def _pair_figures(
     names: list[str],
     pair: tuple[int, int],
-    pushes: Pushes,
+    normalized: Normalized,
     starts: np.ndarray,
     opposed: np.ndarray,
     expected: np.ndarray,
     scored: int,
 ) -> PairFigures:
     a, b = pair
-    first, second = pushes.unweighted[:, a], pushes.unweighted[:, b]
+    first, second = normalized.unweighted[:, a], normalized.unweighted[:, b]
     alive = np.logical_or.reduceat(np.abs(first) > SIGN_EPS, starts)
     alive &= np.logical_or.reduceat(np.abs(second) > SIGN_EPS, starts)
-    both = pushes.scored_by[:, a] & pushes.scored_by[:, b] & alive[pushes.group]
+    both = normalized.scored_by[:, a] & normalized.scored_by[:, b] & alive[normalized.group]
     norm = np.sqrt((first[both] ** 2).sum() * (second[both] ** 2).sum())
     return PairFigures(
         first=names[a],
         second=names[b],
         conflict_ratio=_ratio(opposed.sum(), scored),
-        first_up=_ratio((opposed & (pushes.weighted[:, a] > 0)).sum(), scored),
-        second_up=_ratio((opposed & (pushes.weighted[:, b] > 0)).sum(), scored),
+        first_up=_ratio((opposed & (normalized.weighted[:, a] > 0)).sum(), scored),
+        second_up=_ratio((opposed & (normalized.weighted[:, b] > 0)).sum(), scored),
         unrelated_ratio=_ratio(expected.sum(), scored),
         correlation=_ratio((first[both] * second[both]).sum(), norm),
     )
@@ -365,17 +411,20 @@ def _pair_figures(
 
 def _filter_figures(
     threshold: float | None,
-    pushes: Pushes,
+    normalized: Normalized,
     with_signal: np.ndarray,
     net: np.ndarray,
     signal_per_group: np.ndarray,
     scored_per_group: np.ndarray,
     starts: np.ndarray,
 ) -> FilterFigures:
-    dropped = pushes.conflict
-    if threshold is not None:
-        dropped = dropped & (np.abs(pushes.agreement) < threshold)
-    kept = pushes.scored & ~dropped
+    survives = survives_filter(
+        torch.from_numpy(normalized.conflict),
+        torch.from_numpy(normalized.agreement),
+        "hard" if threshold is None else "snr",
+        0.0 if threshold is None else threshold,
+    )
+    kept = normalized.scored & survives.numpy()
     kept_per_group = np.add.reduceat(kept.astype(np.float64), starts)
     present = scored_per_group > 0
     consensus = kept_per_group[present] / scored_per_group[present]
@@ -384,7 +433,7 @@ def _filter_figures(
     return FilterFigures(
         name="hard" if threshold is None else "snr",
         threshold=threshold,
-        kept_ratio=_ratio(kept.sum(), pushes.scored.sum()),
+        kept_ratio=_ratio(kept.sum(), normalized.scored.sum()),
         kept_ratio_with_signal=_ratio((kept & with_signal).sum(), with_signal.sum()),
         kept_push=_ratio(net[kept].sum(), net.sum()),
         emptied_groups=_ratio((signal_per_group & (kept_per_group == 0)).sum(), signal_per_group.sum()),
@@ -397,7 +446,7 @@ def _over_steps(
     names: list[str],
     groups: Groups,
     rewards: np.ndarray,
-    pushes: Pushes,
+    normalized: Normalized,
     pairs: np.ndarray,
     push: np.ndarray,
     net: np.ndarray,
@@ -405,12 +454,12 @@ def _over_steps(
     expected: np.ndarray,
 ) -> StepFigures:
     steps, group_step = np.unique(groups.steps, return_inverse=True)
-    row_step = group_step[pushes.group]
+    row_step = group_step[normalized.group]
 
     def total(values: np.ndarray) -> np.ndarray:
         return np.bincount(row_step, weights=values, minlength=len(steps))
 
-    scored = total(pushes.scored)
+    scored = total(normalized.scored)
     groups_per_step = np.bincount(group_step, minlength=len(steps))
     with np.errstate(invalid="ignore", divide="ignore"):
         pair_ratios = {
@@ -418,13 +467,13 @@ def _over_steps(
             for index, (first, second) in enumerate(combinations(names, 2))
         }
         means = {
-            name: (total(np.nan_to_num(rewards[:, k])) / total(pushes.scored_by[:, k])).tolist()
+            name: (total(np.nan_to_num(rewards[:, k])) / total(normalized.scored_by[:, k])).tolist()
             for k, name in enumerate(names)
         }
         return StepFigures(
             step=steps.tolist(),
             rollouts=scored.astype(int).tolist(),
-            conflict_ratio=(total(pushes.conflict) / scored).tolist(),
+            conflict_ratio=(total(normalized.conflict) / scored).tolist(),
             unrelated_ratio=(np.bincount(group_step, weights=expected, minlength=len(steps)) / scored).tolist(),
             cancellation=np.maximum(1 - total(net) / total(push), 0.0).tolist(),
             groups_without_signal=(
@@ -436,19 +485,20 @@ def _over_steps(
 
 
 def _expected_if_unrelated(
-    pushes: Pushes, scored_per_group: np.ndarray, starts: np.ndarray
+    normalized: Normalized, scored_per_group: np.ndarray, starts: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """
     How many rollouts of each group would conflict, overall `(M,)` and per pair `(M, P)`, on average over shuffling
     each reward's values within the group.
 
-    A rollout then is pushed up by reward k with probability p_k (the share of the group that it pushes up) and down
-    with n_k, independently of the other rewards. It is free of conflict if nothing pushes it down or nothing pushes it
-    up, which both hold if nothing pushes at all: `1 - prod(1 - n_k) - prod(1 - p_k) + prod(1 - n_k - p_k)`.
+    A rollout then has a positive advantage under reward k with probability p_k (the share of the group that has one),
+    and a negative one with n_k, independently of the other rewards. It is free of conflict if no reward gives a
+    negative one or none gives a positive one, which both hold if none gives any:
+    `1 - prod(1 - n_k) - prod(1 - p_k) + prod(1 - n_k - p_k)`.
     """
     count = np.maximum(scored_per_group, 1)[:, None]
-    up = np.add.reduceat((pushes.weighted > SIGN_EPS) * 1.0, starts) / count
-    down = np.add.reduceat((pushes.weighted < -SIGN_EPS) * 1.0, starts) / count
+    up = np.add.reduceat((normalized.weighted > SIGN_EPS) * 1.0, starts) / count
+    down = np.add.reduceat((normalized.weighted < -SIGN_EPS) * 1.0, starts) / count
     overall = 1 - (1 - down).prod(1) - (1 - up).prod(1) + (1 - down - up).prod(1)
     pairs = [up[:, a] * down[:, b] + down[:, a] * up[:, b] for a, b in combinations(range(up.shape[1]), 2)]
     by_pair = np.stack(pairs, axis=1) if pairs else np.zeros((len(overall), 0))

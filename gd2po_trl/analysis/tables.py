@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass
 from itertools import pairwise
 
-from .statistics import CONSENSUS_BINS, Analysis
-from .summary import percent
+from .statistics import Analysis
+from .wording import number, percent
 
 
 # Rows of the table over training.
@@ -31,7 +31,7 @@ class Table:
 
 
 def tables(analysis: Analysis) -> list[Table]:
-    """The tables that apply to `analysis`. None is wider than a terminal."""
+    """The tables that apply to `analysis`. None is wider than a terminal of 80 columns."""
     chosen = [_rewards(analysis)]
     if len(analysis.rewards) > 1:
         chosen += [_shares(analysis), _pairs(analysis), _filters(analysis), _consensus(analysis)]
@@ -40,23 +40,18 @@ def tables(analysis: Analysis) -> list[Table]:
     return chosen
 
 
-def number(value: float) -> str:
-    """`value` with three digits."""
-    return "–" if math.isnan(value) else f"{value:.3g}"
-
-
 def _rewards(analysis: Analysis) -> Table:
     return Table(
         "Rewards",
-        "“std in group”: the spread that normalisation divides by. “no signal”: share of groups in which the reward "
-        "tells no two rollouts apart.",
-        ["reward", "weight", "scored", "mean", "min", "max", "std in group", "no signal"],
+        "“spread”: standard deviation within the groups in which the reward varies. “same in group”: share of groups "
+        "in which all rollouts get the same value, or none; they teach nothing of this reward.",
+        ["reward", "weight", "scored", "mean", "min", "max", "spread", "same in group"],
         [
             [
                 one.name,
                 f"{one.weight:g}",
                 percent(one.scored),
-                *(number(value) for value in (one.mean, one.minimum, one.maximum, one.std_within_groups)),
+                *(number(value) for value in (one.mean, one.minimum, one.maximum, one.spread)),
                 percent(one.groups_without_signal),
             ]
             for one in analysis.rewards
@@ -69,7 +64,7 @@ def _shares(analysis: Analysis) -> Table:
         "Which reward decides",
         "Share of the squared advantage that comes from each reward. A negative one belongs to a reward that loses "
         "against the others.",
-        ["reward", "sum, then normalise (GRPO)", "normalise, then sum (GDPO)"],
+        ["reward", "summed first (GRPO)", "normalized first (GDPO)"],
         [
             [one.name, percent(one.share_sum_then_normalise), percent(one.share_normalise_then_sum)]
             for one in analysis.rewards
@@ -80,19 +75,14 @@ def _shares(analysis: Analysis) -> Table:
 def _pairs(analysis: Analysis) -> Table:
     return Table(
         "Pairs of rewards",
-        "Shares of all scored rollouts. “if unrelated”: what shuffling each reward within its groups would give. "
-        "“correlation”: of the values within groups.",
-        [
-            "first / second",
-            "conflict",
-            "first up, second down",
-            "second up, first down",
-            "if unrelated",
-            "correlation",
-        ],
+        "Shares of all scored rollouts. “1st favors”: the first gives a positive advantage, the second a negative "
+        "one. “by chance”: what shuffling each reward within its groups would give. “corr.”: correlation of the "
+        "values within groups.",
+        ["first", "second", "conflict", "1st favors", "2nd favors", "by chance", "corr."],
         [
             [
-                f"{one.first} / {one.second}",
+                one.first,
+                one.second,
                 percent(one.conflict_ratio),
                 percent(one.first_up),
                 percent(one.second_up),
@@ -107,9 +97,10 @@ def _pairs(analysis: Analysis) -> Table:
 def _filters(analysis: Analysis) -> Table:
     return Table(
         "What the filters would keep",
-        "“with signal”: of the rollouts that some reward pushes. “net push”: of the summed |sum of normalised "
-        "rewards|. “emptied”: groups with signal that keep no rollout.",
-        ["filter", "kept rollouts", "kept with signal", "kept net push", "emptied groups"],
+        "“of those with advantage”: of the rollouts to which some reward gives an advantage. “summed advantages”: of "
+        "the sum of |advantage| over the rollouts. “emptied groups”: of those with an advantage, the groups that keep "
+        "no rollout.",
+        ["filter", "rollouts", "of those with advantage", "summed advantages", "emptied groups"],
         [
             [
                 one.label,
@@ -126,8 +117,9 @@ def _filters(analysis: Analysis) -> Table:
 def _consensus(analysis: Analysis) -> Table:
     return Table(
         "Consensus weight",
-        "Share of groups, by the share of their rollouts that the filter keeps.",
-        ["filter", "none", *CONSENSUS_BINS[1:-1], "all", "mean"],
+        "Share of groups, by the share of their rollouts that the filter keeps. GD²PO multiplies a group's advantages "
+        "by that share.",
+        ["filter", "none", "≤ 1/4", "≤ 1/2", "≤ 3/4", "< 1", "all", "mean"],
         [
             [one.label, *(percent(share) for share in one.consensus_distribution), number(one.consensus_mean)]
             for one in analysis.filters
@@ -150,8 +142,9 @@ def _course(analysis: Analysis) -> Table:
     series = (over.conflict_ratio, over.unrelated_ratio, over.cancellation, over.groups_without_signal)
     return Table(
         "Over training",
-        "Steps are pooled into equal parts; report.json has every step.",
-        ["steps", "rollouts", "conflict", "if unrelated", "cancellation", "groups without signal"],
+        "Steps are pooled into equal parts; report.json has every step. “cancels out”: share of the rewards' "
+        "advantages that is gone in their sum. “no reward varies”: share of groups.",
+        ["steps", "rollouts", "conflict", "by chance", "cancels out", "no reward varies"],
         [
             [
                 name,
@@ -165,13 +158,14 @@ def _course(analysis: Analysis) -> Table:
 
 def _reward_course(analysis: Analysis) -> Table:
     over = analysis.over_steps
+    periods = _periods(analysis)
     return Table(
         "Mean reward over training",
-        "As logged, before the weights.",
-        ["steps", *over.reward_mean],
+        "Per range of steps. As logged, before the weights.",
+        ["reward", *(name for name, _ in periods)],
         [
-            [name, *(number(_mean(values[part], over.rollouts[part])) for values in over.reward_mean.values())]
-            for name, part in _periods(analysis)
+            [reward, *(number(_mean(values[part], over.rollouts[part])) for _, part in periods)]
+            for reward, values in over.reward_mean.items()
         ],
     )
 
