@@ -33,6 +33,8 @@ PUBLIC: dict[str, tuple[str, ...]] = {
     "gd2po_trl.datasets": ("load_dataset_by_name", "drop_long_prompts", "truncate_prompts_left"),
     "gd2po_trl.evaluation.api_bank": ("load_rows", "score_completion", "score_predictions", "ApiBankScore"),
     "gd2po_trl.evaluation.safe_alignment": ("load_rows", "resolve_rewards", "compute_scores", "summarize"),
+    "gd2po_trl.analysis": ("analyze", "analyze_rewards", "Report", "VerdictCallback"),
+    "gd2po_trl.analysis.diagnosis": ("Finding", "Recommendation"),
     "gd2po_trl.checkpoints": ("checkpoint_to_resume", "find_damage"),
     "gd2po_trl.errors": ("UsageError",),
 }
