@@ -8,22 +8,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table as RichTable
 from rich.text import Text
 
 from ..errors import UsageError
-from ..terminal import printable, shorten
+from ..terminal import make_console, make_table, printable, shorten
 from .doctor import Report
 from .examples import Example
 from .tables import Table, tables
-from .wording import cut, number
+from .wording import number
 
 
-# Columns of text; all others hold numbers.
-NAME_COLUMNS = ("reward", "first", "second", "filter", "steps")
 # Nothing in the file may load or run anything, whatever a completion holds.
 CONTENT_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
@@ -53,7 +50,7 @@ pre { margin: 0; padding: .6rem .8rem; background: var(--soft); border-radius: 4
 
 def print_report(report: Report, console: Console | None = None) -> None:
     """Print the report: the verdict and what to do first, then the evidence, examples and notes."""
-    console = console or Console(highlight=False)
+    console = console or make_console()
     width = min(console.width, 110)
 
     def paragraph(text: str, style: str = "") -> None:
@@ -78,7 +75,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
         console.print(_bullet(sentence), width=width)
     console.print()
     for table in tables(report):
-        console.print(_rich_table(table, width))
+        console.print(make_table(table.title, table.columns, table.rows))
         console.print(Padding(Text(table.help, style="dim"), (0, 1, 1, 1)), width=width)
     if report.examples:
         console.print(Text("Rollouts on which the rewards disagree most", style="bold"))
@@ -117,36 +114,6 @@ def _settings(report: Report) -> list[str]:
 
 def _yaml(value: Any) -> str:
     return f"[{', '.join(f'{entry:g}' for entry in value)}]" if isinstance(value, list) else str(value)
-
-
-def _rich_table(table: Table, width: int) -> RichTable:
-    grid = RichTable(
-        title=table.title,
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1),
-        pad_edge=False,
-    )
-    names = [index for index, column in enumerate(table.columns) if column in NAME_COLUMNS]
-    for index, column in enumerate(table.columns):
-        left = index in names
-        # Headings break between words only; numbers and names not at all.
-        grid.add_column(Text(printable(column)), justify="left" if left else "right", vertical="bottom", no_wrap=False)
-    numbers = sum(
-        max(*(len(row[index]) for row in table.rows), *map(len, column.split())) + 3
-        for index, column in enumerate(table.columns)
-        if index not in names
-    )
-    room = max((width - numbers) // max(len(names), 1) - 3, 8)
-    for row in table.rows:
-        grid.add_row(
-            *(
-                Text(cut(printable(cell), room) if index in names else cell, no_wrap=True)
-                for index, cell in enumerate(row)
-            )
-        )
-    return grid
 
 
 def _print_example(example: Example, console: Console, width: int) -> None:

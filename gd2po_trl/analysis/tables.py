@@ -78,11 +78,10 @@ def _pairs(analysis: Analysis) -> Table:
         "Shares of all scored rollouts. “1st favors”: the first gives a positive advantage, the second a negative "
         "one. “by chance”: what shuffling each reward within its groups would give. “corr.”: correlation of the "
         "values within groups.",
-        ["first", "second", "conflict", "1st favors", "2nd favors", "by chance", "corr."],
+        ["first / second", "conflict", "1st favors", "2nd favors", "by chance", "corr."],
         [
             [
-                one.first,
-                one.second,
+                f"{one.first} / {one.second}",
                 percent(one.conflict_ratio),
                 percent(one.first_up),
                 percent(one.second_up),
@@ -119,7 +118,7 @@ def _consensus(analysis: Analysis) -> Table:
         "Consensus weight",
         "Share of groups, by the share of their rollouts that the filter keeps. GD²PO multiplies a group's advantages "
         "by that share.",
-        ["filter", "none", "≤ 1/4", "≤ 1/2", "≤ 3/4", "< 1", "all", "mean"],
+        ["filter", "none", "≤1/4", "≤1/2", "≤3/4", "<1", "all", "mean"],
         [
             [one.label, *(percent(share) for share in one.consensus_distribution), number(one.consensus_mean)]
             for one in analysis.filters

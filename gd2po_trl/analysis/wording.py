@@ -35,10 +35,3 @@ def interval(share: float, error: float) -> tuple[float, float]:
     center = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
     return max(center - half, 0.0), min(center + half, 1.0)
-
-
-def cut(name: str, length: int) -> str:
-    """`name` with its middle left out, if it is longer than `length`."""
-    if len(name) <= length:
-        return name
-    return f"{name[: length // 2]}…{name[len(name) - (length - length // 2 - 1) :]}"
