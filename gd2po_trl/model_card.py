@@ -42,7 +42,9 @@ def method_title(args: GD2POConfig) -> str:
     return f"a variant of {METHOD_TITLES[closest]}"
 
 
-def training_section(args: GD2POConfig, reward_names: Sequence[str], reward_weights: Sequence[float]) -> str:
+def training_section(
+    args: GD2POConfig, reward_names: Sequence[str], reward_weights: Sequence[float], changes: Sequence[str] = ()
+) -> str:
     """
     Markdown section with the method, the rewards and the settings of a run.
 
@@ -53,6 +55,8 @@ def training_section(args: GD2POConfig, reward_names: Sequence[str], reward_weig
             Names of the rewards.
         reward_weights (sequence of `float`):
             Their weights, in the same order.
+        changes (sequence of `str`, *optional*):
+            What a resumed run changed, and from which step on; the settings are those of its end.
 
     Returns:
         `str`: the section, starting with its heading.
@@ -66,8 +70,15 @@ def training_section(args: GD2POConfig, reward_names: Sequence[str], reward_weig
         f"Trained with {method_title(args)} by `gd2po_trl` "
         "([arXiv 2606.16771](https://arxiv.org/abs/2606.16771)).\n\n"
         f"| reward | weight |\n| --- | --- |\n{rewards}\n\n"
-        f"| setting | value |\n| --- | --- |\n{settings}\n"
+        f"| setting | value |\n| --- | --- |\n{settings}\n{_changes(changes)}"
     )
+
+
+def _changes(changes: Sequence[str]) -> str:
+    if not changes:
+        return ""
+    lines = "\n".join(f"- {change}" for change in changes)
+    return f"\nThese are the settings at the end. The run was resumed with other ones:\n\n{lines}\n"
 
 
 # A prompt of the training data is shown if it has at most so many characters.

@@ -14,7 +14,8 @@ from .packages import check_packages
 from .policy import check_model, load_tokenizer, policy_arguments
 from .progress import RewardProgress
 from .recipe import DatasetArguments, Recipe, parse_recipe
-from .training import one_clear_error, prepare_output, train_and_save
+from .resuming import RunRecord
+from .training import one_clear_error, prepared_output, train_and_save
 
 
 if TYPE_CHECKING:
@@ -66,10 +67,14 @@ def run_sft(recipe: Recipe, *, progress: RewardProgress | None = None) -> SFTTra
     Raises:
         [`UsageError`]: for a model, a data set or a checkpoint that is not there, and for data without completions.
     """
+    check_packages(recipe.training)
+    with prepared_output(recipe) as checkpoint:
+        check_model(recipe)
+        return _train(recipe, RunRecord(recipe, checkpoint), progress)
+
+
+def _train(recipe: Recipe, record: RunRecord, progress: RewardProgress | None) -> SFTTrainer:
     arguments, training = recipe.arguments, recipe.training
-    check_packages(training)
-    checkpoint = prepare_output(recipe)
-    check_model(recipe)
     with training.main_process_first(desc="loading the data"):
         dataset = load_dataset_by_name(
             arguments.dataset, arguments.dataset_path, arguments.dataset_split, **arguments.dataset_kwargs
@@ -93,7 +98,7 @@ def run_sft(recipe: Recipe, *, progress: RewardProgress | None = None) -> SFTTra
         )
     if progress is not None:
         progress.attach(trainer)
-    train_and_save(trainer, recipe, checkpoint)
+    train_and_save(trainer, record, "gd2po sft")
     return trainer
 
 

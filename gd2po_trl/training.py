@@ -1,10 +1,10 @@
 """A training run as a recipe describes it, from its files to the saved policy."""
 
+import errno
 import logging
-import platform
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from .errors import UsageError
 from .packages import check_packages
 from .policy import check_model, load_tokenizer, policy_arguments
 from .recipe import Recipe
-from .recipe_files import dump_recipe
+from .resuming import RESOLVED_RECIPE, RunRecord, only_run_in
 from .rewards import resolve_reward
 from .rewards.guard import RewardError
 
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
-
-RESOLVED_RECIPE = "recipe.yaml"
 
 
 def run_recipe(recipe: Recipe, *, callbacks: Sequence["TrainerCallback"] = ()) -> "GD2POTrainer":
@@ -54,8 +52,16 @@ def run_recipe(recipe: Recipe, *, callbacks: Sequence["TrainerCallback"] = ()) -
     reward_funcs = [resolve_reward(label, arguments.reward_kwargs.get(label)) for label in arguments.reward_funcs]
     _check_reward_kwargs(arguments)
     check_packages(training)
-    checkpoint = prepare_output(recipe)
-    check_model(recipe)
+    with prepared_output(recipe) as checkpoint:
+        check_model(recipe)
+        record = RunRecord(recipe, checkpoint)
+        return _train(recipe, record, reward_funcs, callbacks)
+
+
+def _train(
+    recipe: Recipe, record: RunRecord, reward_funcs: list[Any], callbacks: Sequence["TrainerCallback"]
+) -> "GD2POTrainer":
+    training = recipe.training
     train_dataset, eval_dataset = load_datasets(recipe)
 
     from .gd2po_trainer import GD2POTrainer
@@ -79,24 +85,27 @@ def run_recipe(recipe: Recipe, *, callbacks: Sequence["TrainerCallback"] = ()) -
             callback.attach(trainer)
         else:
             trainer.add_callback(callback)
-    train_and_save(trainer, recipe, checkpoint)
+    train_and_save(trainer, record, "gd2po train")
     return trainer
 
 
-def prepare_output(recipe: Recipe) -> str | None:
+@contextmanager
+def prepared_output(recipe: Recipe) -> Iterator[str | None]:
     """
-    Make `output_dir`, and find the checkpoint to resume from there, or `None`.
+    Make `output_dir`, keep other runs out of it, and give the checkpoint to resume from there, or `None`.
 
     Raises:
-        [`UsageError`]: if it cannot be written to, or as [`checkpoint_to_resume`].
+        [`UsageError`]: if it cannot be written to or another run is in it, or as [`checkpoint_to_resume`].
     """
     folder = recipe.training.output_dir
-    checkpoint = checkpoint_to_resume(recipe.training.resume_from_checkpoint, folder)
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise UsageError(f"`output_dir` '{folder}' cannot be written to: {error.strerror}.") from error
-    return checkpoint
+    with only_run_in(folder):
+        yield checkpoint_to_resume(recipe.training.resume_from_checkpoint, folder)
 
 
 @contextmanager
@@ -110,18 +119,90 @@ def one_clear_error() -> Iterator[None]:
         raise UsageError(" ".join(str(error).split())) from error
 
 
-def train_and_save(trainer: "Trainer", recipe: Recipe, checkpoint: str | None) -> None:
-    """Write the resolved recipe, train, from `checkpoint` on if there is one, and write the policy and its log."""
+def train_and_save(trainer: "Trainer", record: RunRecord, command: str) -> None:
+    """
+    Train, from the checkpoint on if there is one, and write the policy and its log.
+
+    The recipe as it runs is written once the checkpoint is loaded, so that one that does not fit changes nothing.
+
+    Args:
+        trainer (`transformers.Trainer`):
+            The trainer.
+        record ([`RunRecord`]):
+            The run's settings, and where it goes on.
+        command (`str`):
+            Which goes on with it after an error, such as `"gd2po train"`.
+    """
+    from transformers import TrainerCallback
+
     from .preflight import check_progress
 
-    if trainer.is_world_process_zero():
-        write_resolved_recipe(recipe)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    check_progress(trainer.state.global_step)
-    trainer.save_state()
-    trainer.save_model(recipe.training.output_dir)
-    if recipe.training.push_to_hub:
+    class Recorder(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            if state.is_world_process_zero:
+                record.announce()
+                record.write()
+            trainer.changes_on_the_way = record.history()  # the model card names them
+
+    folder = record.recipe.training.output_dir
+    trainer.changes_on_the_way = record.history()
+    trainer.add_callback(Recorder)
+    with telling_how_to_go_on(trainer, f"{command} --config {folder}/{RESOLVED_RECIPE}"):
+        trainer.train(resume_from_checkpoint=record.checkpoint)
+        check_progress(trainer.state.global_step)
+        trainer.save_state()
+        trainer.save_model(folder)
+    if record.recipe.training.push_to_hub:
         trainer.push_to_hub()
+
+
+@contextmanager
+def telling_how_to_go_on(trainer: "Trainer", command: str) -> Iterator[None]:
+    """Add to whatever ends a training in which step it ended, and the command that goes on from there."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(f"interrupted {_where_it_ended(trainer, command)}") from error
+    except Exception as error:
+        if _is_full_disk(error):
+            raise UsageError(
+                f"The disk of `output_dir` '{trainer.args.output_dir}' is full: the training ended "
+                f"{_where_it_ended(trainer, command)} Free some space first; `save_total_limit` keeps fewer "
+                "checkpoints."
+            ) from error
+        if not isinstance(error, UsageError):
+            error.add_note(f"The training ended {_where_it_ended(trainer, command)}{_remedy(error)}")
+        raise
+
+
+def _where_it_ended(trainer: "Trainer", command: str) -> str:
+    where = f"in step {trainer.state.global_step + 1} of {trainer.state.max_steps}."
+    folder = Path(trainer.args.output_dir)
+    if any(folder.glob("checkpoint-*")):
+        return f"{where} Go on from the last checkpoint: {command} --resume_from_checkpoint latest"
+    return f"{where} There is no checkpoint yet to go on from (`save_steps` is {trainer.args.save_steps:g})."
+
+
+def _remedy(error: Exception) -> str:
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
+            "\nWith less memory: halve `per_device_train_batch_size` and double `gradient_accumulation_steps`, lower "
+            "`max_completion_length` or `vllm_gpu_memory_utilization`, or set `gradient_checkpointing: true`."
+        )
+    return ""
+
+
+def _is_full_disk(error: BaseException | None) -> bool:
+    """Whether there is a full disk behind `error`, which each library that writes says in its own way."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if "No space left on device" in str(error) or "PytorchStreamWriter failed writing" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def load_datasets(recipe: Recipe) -> tuple["Dataset", "Dataset | dict[str, Dataset] | None"]:
@@ -179,39 +260,3 @@ def _check_reward_kwargs(arguments: Any) -> None:
                 f"`reward_kwargs` has settings for '{label}', which is not in `reward_funcs` "
                 f"({', '.join(arguments.reward_funcs)})."
             )
-
-
-def write_resolved_recipe(recipe: Recipe) -> Path:
-    """Write every key that was set, with its final value, as a recipe that repeats the run."""
-    import torch
-    import transformers
-    import trl
-
-    from ._version import __version__
-
-    path = Path(recipe.training.output_dir) / RESOLVED_RECIPE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    header = (
-        f"# Written {now} by gd2po_trl {__version__}: the recipe as it ran.\n"
-        f"# trl {trl.__version__}, transformers {transformers.__version__}, torch {torch.__version__}, "
-        f"Python {platform.python_version()}\n"
-    )
-    # What repeats the run neither resumes it nor lets code in unasked.
-    left_out = {"resume_from_checkpoint", "trust_remote_code"} & recipe.settings.keys()
-    if recipe.settings.get("trust_remote_code"):
-        header += "# It ran with --trust_remote_code, which only a command line can say.\n"
-    plain = {key: _plain(value) for key, value in recipe.settings.items() if key not in left_out}
-    path.write_text(header + dump_recipe(plain), encoding="utf-8")
-    return path
-
-
-def _plain(value: Any) -> Any:
-    """`value` in the types that YAML knows; enumerations become their values."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set)):
-        return [_plain(item) for item in value]
-    if value is None or type(value) in (bool, int, float, str):
-        return value
-    return _plain(value.value) if hasattr(value, "value") else str(value)

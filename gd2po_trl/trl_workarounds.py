@@ -109,7 +109,8 @@ class PatchedGRPOTrainer(GRPOTrainer):
         super().create_model_card(*args, **kwargs)
         card = Path(self.args.output_dir) / "README.md"
         if self.is_world_process_zero() and card.is_file():
-            section = training_section(self.args, self.reward_func_names, self.reward_weights.tolist())
+            changes = getattr(self, "changes_on_the_way", ())
+            section = training_section(self.args, self.reward_func_names, self.reward_weights.tolist(), changes)
             text = with_use_of(card.read_text(encoding="utf-8"), self).rstrip()
             card.write_text(f"{text}\n\n{section}", encoding="utf-8")
 

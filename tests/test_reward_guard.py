@@ -197,8 +197,8 @@ def test_the_commands_do_not_end_with_success(tmp_path, tiny_policy, monkeypatch
     train = f"train --model_name_or_path {tiny_policy} --dataset prompts --dataset_path prompts.jsonl --reward_funcs "
     train += "exec_rewards.runs exec_rewards.brief --num_generations 4 --per_device_train_batch_size 8 "
     train += "--max_completion_length 4 --max_steps 1 --use_cpu true --bf16 false --report_to none --output_dir out"
-    with pytest.raises(RewardError, match=r"'exec_rewards\.runs' raised SystemExit: 0"):
-        main(train.split())
+    assert main(train.split()) == 1
+    assert "'exec_rewards.runs' raised SystemExit: 0" in capsys.readouterr().err
     evaluate = f"eval safe-alignment --model {tiny_policy} --data prompts.jsonl --reward exec_rewards.runs "
     assert main([*evaluate.split(), "--max-new-tokens", "4", "--output", "out_eval"]) == 2
     assert "'exec_rewards.runs' raised SystemExit: 0" in capsys.readouterr().err

@@ -53,6 +53,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # such as `| head`, which has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except KeyboardInterrupt:
-        print(f"gd2po {command}: interrupted.", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"gd2po {command}: {str(error) or 'interrupted.'}", file=sys.stderr)
         return 130
+    except RuntimeError as error:
+        guard = sys.modules.get("gd2po_trl.rewards.guard")
+        if guard is None or not isinstance(error, guard.RewardError):
+            raise
+        report = [f"gd2po {command}: {error}", guard.own_frames(error), *getattr(error, "__notes__", ())]
+        print("\n".join(part for part in report if part), file=sys.stderr)
+        return 1

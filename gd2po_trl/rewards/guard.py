@@ -3,11 +3,13 @@
 import asyncio
 import functools
 import inspect
+import itertools
 import signal
 import threading
 import traceback
 from collections.abc import Callable, Collection, Coroutine, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +19,18 @@ from ..completions_table import is_table_column
 
 class RewardError(RuntimeError):
     """A reward function raised, left, hung, or returned something that is not one number or `None` per completion."""
+
+
+def own_frames(error: RewardError) -> str:
+    """The frames of the reward function itself in what it raised, as a traceback shows them; empty without any."""
+    cause = error.__cause__
+    if cause is None or isinstance(cause, _TimeIsUp):
+        return ""
+    ours = {str(Path(__file__)), str(Path(__file__).with_name("__init__.py"))}
+    around = (*ours, threading.__file__, asyncio.__path__[0], functools.__file__)
+    frames = traceback.extract_tb(cause.__traceback__)
+    own = list(itertools.dropwhile(lambda frame: frame.filename.startswith(around), frames))
+    return "".join(traceback.format_list(own)).rstrip()
 
 
 def check_rewards(values: Any, expected: int, name: str) -> list[float | None]:
