@@ -150,10 +150,10 @@ def test_spread_and_the_weights_that_make_rewards_equally_loud(tmp_path, capsys)
 
     table = pd.DataFrame({"prompt": np.arange(2000) // 4, "completion": "x", "right": RIGHT, "short": 30 * OTHER})
     assert command(write(table.astype({"prompt": str}), tmp_path / "a.parquet")) == 0
-    pasted = [line.strip() for line in capsys.readouterr().out.splitlines() if line.startswith("    ") and ":" in line]
-    settings = yaml.safe_load(
-        "\n".join(line for line in pasted if line.split(":")[0] in ("method", "scale_rewards", "reward_weights"))
-    )
+    printed = capsys.readouterr().out
+    pasted = printed[printed.index("Recommended settings:\n") :].partition("\n")[2].partition("\n\n")[0]
+    settings = yaml.safe_load(pasted)
+    assert list(settings) == ["method", "scale_rewards", "reward_weights"]
     assert settings["scale_rewards"] == "none"
     # Under these, both are equally loud.
     scaled = np.stack([RIGHT, 30 * OTHER], axis=1) * settings["reward_weights"]

@@ -21,6 +21,8 @@ LITTLE_LEFT = 0.35
 # From here on one direction of a conflict, or one reward of a sum, is said to prevail.
 PREVAILING = 0.7
 DOMINATING = 0.75
+# ... among two rewards that conflict more often than chance would have it, by this factor.
+AGAINST_EACH_OTHER = 1.1
 # Fewer groups than this say nothing on the direction of conflicts.
 FEW_GROUPS = 30
 # A reward without signal in this share of the recent groups is saturated, or never earned.
@@ -75,7 +77,8 @@ class Recommendation:
 def diagnose(analysis: Analysis) -> tuple[list[Finding], Recommendation]:
     """The findings, of which the first is the verdict, and the recommendation."""
     verdict = _verdict(analysis)
-    findings = [verdict, *_per_reward(analysis, verdict), *_per_pair(analysis, verdict)]
+    of_rewards = list(_per_reward(analysis, verdict))
+    findings = [verdict, *of_rewards, *_per_pair(analysis, verdict, of_rewards)]
     return findings, _recommend(analysis, verdict, findings)
 
 
@@ -254,7 +257,10 @@ def _dominating(analysis: Analysis) -> RewardFigures | None:
     return leader if leader is not None and leader.share_sum_then_normalise >= DOMINATING else None
 
 
-def _per_pair(analysis: Analysis, verdict: Finding) -> Iterable[Finding]:
+def _per_pair(analysis: Analysis, verdict: Finding, of_rewards: list[Finding]) -> Iterable[Finding]:
+    # The direction of their conflicts says something on these rewards alone.
+    kinds = ("noise", "saturated", "never_earned", "no_signal")
+    lopsided = [name for finding in of_rewards if finding.kind in kinds for name in finding.rewards]
     for pair in sorted(analysis.pairs, key=lambda pair: -pair.conflict_ratio):
         correlation = _signed_correlation(analysis, pair)
         if correlation > IDENTICAL:
@@ -266,7 +272,9 @@ def _per_pair(analysis: Analysis, verdict: Finding) -> Iterable[Finding]:
             )
         elif correlation < -IDENTICAL and [pair.first, pair.second] != verdict.rewards:
             yield Finding("opposed", [pair.first, pair.second], f"{pair.first} and {pair.second} are opposed as well.")
-        elif pair.conflict_ratio >= LITTLE_CONFLICT and correlation >= -IDENTICAL:
+        elif pair.conflict_ratio >= max(LITTLE_CONFLICT, AGAINST_EACH_OTHER * pair.unrelated_ratio) and not (
+            {pair.first, pair.second} & set(lopsided)
+        ):
             up, down, share = pair.first, pair.second, pair.first_up / pair.conflict_ratio
             if share < 0.5:
                 up, down, share = down, up, 1 - share

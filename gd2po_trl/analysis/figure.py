@@ -48,7 +48,7 @@ def _title(panel, title: str, subtitle: str) -> None:
     line.set_in_layout(False)
 
 
-def _label(name: str, length: int = 18) -> str:
+def _label(name: str, length: int = 30) -> str:
     name = " ".join(printable(name).split())
     if len(name) > length:
         name = f"{name[: length // 2]}…{name[len(name) - (length - length // 2 - 1) :]}"
@@ -100,18 +100,19 @@ def _over_training(panel, analysis: Analysis) -> None:
     panel.plot(*unrelated, color=MUTED, lw=1.2, ls=(0, (4, 3)), label="any two, by chance")
     # Room for the legend above the curves.
     top = max(panel.get_ylim()[1], 0.02)
-    panel.set_ylim(0, top * (1.2 + 0.05 * len(pairs)))
+    columns = 2 if max(len(_pair(pair)) for pair in pairs) <= 26 else 1
+    panel.set_ylim(0, top * (1.2 + 0.1 * len(pairs) / columns))
     panel.set_yticks([tick for tick in panel.get_yticks() if 0 <= tick <= min(top, 1.0) + 1e-9])
     panel.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     panel.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
     panel.set_xlabel("training step", fontsize=9, color=INK)
     panel.grid(axis="y", color=GRID, lw=0.7)
     panel.set_axisbelow(True)
-    _legend(panel, 2, handlelength=1.6, columnspacing=1.2)
+    _legend(panel, columns, handlelength=1.6, columnspacing=1.2)
 
 
 def _pair(pair: PairFigures) -> str:
-    return f"{_label(pair.first, 12)} / {_label(pair.second, 12)}"
+    return f"{_label(pair.first)} / {_label(pair.second)}"
 
 
 def _at_one_step(panel, analysis: Analysis, pairs: list[PairFigures]) -> None:
@@ -153,11 +154,9 @@ def _pair_matrix(panel, analysis: Analysis) -> None:
     panel.imshow(matrix, cmap=RAMP, vmin=0, vmax=top, aspect="auto")
     panel.spines[["left", "bottom"]].set_visible(False)
     panel.set_yticks(range(len(names)), [_label(name) for name in names], fontsize=9)
-    if len(names) <= 4:
-        panel.set_xticks(range(len(names)), [_label(name, 14) for name in names], fontsize=9)
-    else:
-        options = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"}
-        panel.set_xticks(range(len(names)), [_label(name, 14) for name in names], fontsize=9, **options)
+    is_tight = sum(map(len, names)) > 48
+    slanted = {"rotation": 20, "ha": "right", "rotation_mode": "anchor"} if is_tight else {}
+    panel.set_xticks(range(len(names)), [_label(name) for name in names], fontsize=9, **slanted)
     panel.tick_params(length=0)
     size, digits = (10, 1) if len(names) <= 5 else (8, 0)
     for (row, column), value in np.ndenumerate(matrix):
@@ -167,7 +166,7 @@ def _pair_matrix(panel, analysis: Analysis) -> None:
 
 
 def _kept(panel, analysis: Analysis) -> None:
-    _title(panel, "What the filters would keep", "of the rollouts with an advantage, and of the summed advantages")
+    _title(panel, "What the filters would keep", "of the rollouts with an advantage, and of its sum")
     if len(analysis.rewards) < 2:
         return _nothing(panel, "one reward: nothing to filter")
     bars = analysis.filters[::-1]
@@ -209,9 +208,7 @@ def _consensus(panel, analysis: Analysis) -> None:
 
 
 def _agreement(panel, analysis: Analysis) -> None:
-    _title(
-        panel, "How strongly the conflicting rollouts disagree", "share of them, by |agreement|: 0 cancels, 1 agrees"
-    )
+    _title(panel, "How strongly they disagree", "conflicting rollouts by |agreement|: 0 cancels, 1 agrees")
     values = np.array(analysis.agreement_distribution)
     if values.sum() == 0:
         return _nothing(panel, "no conflicting rollouts")
@@ -249,7 +246,7 @@ def _shares(panel, analysis: Analysis) -> None:
         for position, value in zip(y, values, strict=True):
             panel.text(max(value, 0) + 0.012, position + offset, f"{value:.0%}", va="center", fontsize=8.5, color=INK)
     panel.axvline(0, color=MUTED, lw=0.8)
-    panel.set_yticks(y, [_label(reward.name, 18) for reward in rewards])
+    panel.set_yticks(y, [_label(reward.name) for reward in rewards])
     panel.set_xlim(min(0, *known) * 1.1, max(1.0, *known) * 1.12)
     panel.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     panel.spines["left"].set_visible(False)

@@ -4,6 +4,7 @@ import base64
 import html
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ h1 { font-size: 1.7rem; margin: 0 0 .2rem } h2 { font-size: 1.2rem; margin: 2.6r
 .summary { border-left: 4px solid var(--accent); background: var(--soft); padding: .9rem 1.3rem; margin: 1.3rem 0 }
 .summary p { margin: .45rem 0 } .summary p:first-child { font-size: 1.1rem; font-weight: 600 }
 ul.notes { color: var(--muted); font-size: .9rem; padding-left: 1.2rem }
-img { width: 100%; height: auto; border: 1px solid var(--line); border-radius: 6px }
+img { width: 100%; min-width: 56rem; height: auto; border: 1px solid var(--line); border-radius: 6px }
 .scroll { overflow-x: auto } table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
 th, td { padding: .35rem .8rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
 th { vertical-align: bottom; white-space: normal; font-weight: 600 }
@@ -67,9 +68,11 @@ def print_report(report: Report, console: Console | None = None) -> None:
     for advice in report.recommendation.advice:
         console.print(_bullet(advice), width=width)
     console.print()
-    for line in _settings(report):
-        console.print(Text(f"    {line}"), soft_wrap=True)
-    console.print()
+    for heading, lines in _settings(report):
+        console.print(Text(f"{heading}:"))
+        for line in lines:
+            console.print(Text(f"    {line}"), soft_wrap=True)
+        console.print()
     console.print(Text("Evidence", style="bold"))
     for sentence in [*(finding.text for finding in report.findings), *report.summary]:
         console.print(_bullet(sentence), width=width)
@@ -95,25 +98,29 @@ def _bullet(text: str, style: str = "") -> RichTable:
     return grid
 
 
-def _settings(report: Report) -> list[str]:
-    """Lines of YAML to paste: the recommended settings, or else the weights that make the rewards equally loud."""
+def _settings(report: Report) -> list[tuple[str, list[str]]]:
+    """What to paste into a recipe: a heading, and lines of YAML."""
     settings = dict(report.recommendation.settings)
-    lines = [f"{key}: {_yaml(value)}" for key, value in settings.items()]
-    if len(report.rewards) > 1:
-        names = ", ".join(reward.name for reward in report.rewards)
-        if "reward_weights" in settings:
-            lines[-1:] = [f"# {printable(names)}", lines[-1]]
-        elif any(reward.spread > 0 for reward in report.rewards):
-            lines += [
-                f"# equally loud ({printable(names)}):",
-                "# scale_rewards: none",
-                f"# reward_weights: {_yaml(report.equalizing_weights)}",
-            ]
+    blocks = []
+    if settings:
+        blocks.append(("Recommended settings", _yaml(settings, report)))
+    if "reward_weights" not in settings and sum(reward.spread > 0 for reward in report.rewards) > 1:
+        equal = {"scale_rewards": "none", "reward_weights": report.equalizing_weights}
+        blocks.append(("Weights of 1 / spread, which make the rewards equally loud", _yaml(equal, report)))
+    return blocks
+
+
+def _yaml(settings: dict[str, Any], report: Report) -> list[str]:
+    lines = []
+    for key, value in settings.items():
+        if key != "reward_weights":
+            lines.append(f"{key}: {value}")
+            continue
+        width = max(len(f"{weight:g}") for weight in value)
+        lines.append(f"{key}:")
+        for weight, reward in zip(value, report.rewards, strict=True):
+            lines.append(f"  - {f'{weight:g}'.ljust(width)}  # {' '.join(printable(reward.name).split())}")
     return lines
-
-
-def _yaml(value: Any) -> str:
-    return f"[{', '.join(f'{entry:g}' for entry in value)}]" if isinstance(value, list) else str(value)
 
 
 def _print_example(example: Example, console: Console, width: int) -> None:
@@ -186,10 +193,15 @@ def render_html(report: Report, picture: bytes = b"") -> str:
         "</div>",
         "<h2>What to do</h2>",
         _html_list(report.recommendation.advice),
-        f"<pre>{_escape(chr(10).join(_settings(report)))}</pre>" if _settings(report) else "",
+        *(
+            f'<p class="label">{_escape(heading)}</p><pre>{_escape(chr(10).join(lines))}</pre>'
+            for heading, lines in _settings(report)
+        ),
         "<h2>Evidence</h2>",
         _html_list([*(finding.text for finding in report.findings), *report.summary]),
-        f'<img alt="Figures of the report" src="data:image/png;base64,{image}">' if picture else "",
+        f'<div class="scroll"><img alt="Figures of the report" src="data:image/png;base64,{image}"></div>'
+        if picture
+        else "",
         *(_html_table(table) for table in tables(report)),
     ]
     if report.examples:
@@ -206,7 +218,9 @@ def render_html(report: Report, picture: bytes = b"") -> str:
 
 
 def _html_list(sentences: Sequence[str], style: str = "") -> str:
-    items = "\n".join(f"<li>{_escape(sentence)}</li>" for sentence in sentences)
+    # What stands between backticks is code.
+    texts = [re.sub("`([^`]+)`", r"<code>\1</code>", _escape(sentence)) for sentence in sentences]
+    items = "\n".join(f"<li>{text}</li>" for text in texts)
     return f'<ul class="{style}">\n{items}\n</ul>'
 
 

@@ -41,16 +41,18 @@ def tables(analysis: Analysis) -> list[Table]:
 
 
 def _rewards(analysis: Analysis) -> Table:
+    # A column of 100 % would take its room from the names.
+    some_unscored = any(one.scored < 1 for one in analysis.rewards)
     return Table(
         "Rewards",
-        "“spread”: standard deviation within the groups in which the reward varies. “same in group”: share of groups "
+        "“spread”: standard deviation within the groups in which the reward varies. “constant”: share of groups "
         "in which all rollouts get the same value, or none; they teach nothing of this reward.",
-        ["reward", "weight", "scored", "mean", "min", "max", "spread", "same in group"],
+        ["reward", "weight", *(["scored"] if some_unscored else []), "mean", "min", "max", "spread", "constant"],
         [
             [
                 one.name,
                 f"{one.weight:g}",
-                percent(one.scored),
+                *([percent(one.scored)] if some_unscored else []),
                 *(number(value) for value in (one.mean, one.minimum, one.maximum, one.spread)),
                 percent(one.groups_without_signal),
             ]
