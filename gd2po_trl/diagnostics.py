@@ -1,5 +1,6 @@
 """How far the rewards of a generation batch disagree: statistics for the trainer and for `gd2po analyze`."""
 
+import math
 from collections.abc import Sequence
 from itertools import combinations
 
@@ -107,3 +108,34 @@ def conflict_metrics(
         for (first, second), ratio in zip(combinations(reward_names, 2), pair_ratios.unbind(), strict=True):
             metrics[f"conflict_ratio/{pair_name(first, second)}"] = ratio
     return metrics
+
+
+def nothing_learned(batches: int, conflict_ratio: float, masked_ratio: float, masks_truncated: bool) -> str:
+    """
+    What to say where no rollout has an advantage.
+
+    Args:
+        batches (`int`): Generation batches in a row without one.
+        conflict_ratio (`float`): Share of the last batch's rollouts on which the rewards conflict; NaN if none scored.
+        masked_ratio (`float`): Share of the last batch's rollouts without a token to train.
+        masks_truncated (`bool`): Whether completions that were cut off are masked.
+    """
+    start = f"No rollout of {batches} generation batch(es) in a row has an advantage: nothing is learned from them. "
+    masked = "None of the last one's completions has a token to train"
+    if masks_truncated and masked_ratio > 0:
+        share = "All" if masked_ratio == 1 else f"{masked_ratio:.0%}"
+        masked = (
+            f"{share} of the last one's completions were cut off and `mask_truncated_completions` masks them: raise "
+            "`max_completion_length`, or turn `mask_truncated_completions` off"
+        )
+    if masked_ratio == 1:
+        return f"{start}{masked}."
+    if math.isnan(conflict_ratio):
+        cause = "No reward scored any of them."
+    else:
+        cause = (
+            f"The rewards disagree on {conflict_ratio:.0%} of the last one. Where they conflict, "
+            "`conflict_filter='snr'` with a low `snr_threshold` keeps more rollouts; where they do not, no reward "
+            "tells the rollouts of a prompt apart."
+        )
+    return f"{start}{cause} {masked}." if masks_truncated and masked_ratio > 0 else f"{start}{cause}"

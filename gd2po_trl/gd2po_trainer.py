@@ -3,6 +3,7 @@
 import inspect
 import math
 import textwrap
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from trl import GRPOConfig, GRPOTrainer
 
 from .advantages import AdvantageBreakdown, compute_advantages
 from .completions_table import fill_missing_columns
-from .diagnostics import conflict_metrics
+from .datasets.prompts import opened_thoughts
+from .diagnostics import conflict_metrics, nothing_learned
 from .gd2po_config import METHODS, GD2POConfig
 from .preflight import check_before_loading, check_reward_names, check_trainable
 from .rewards.guard import RewardError, RewardGuard
@@ -106,7 +108,12 @@ class GD2POTrainer(PatchedGRPOTrainer):
 
         self._validation = Validation(self)
         self.add_callback(self._validation)
-        self._reward_guard = RewardGuard(timeout=args.reward_timeout, defer=self.accelerator.num_processes > 1)
+        prefill = partial(
+            opened_thoughts,
+            tokenizer=self.processing_class,
+            **{"chat_template": self.chat_template, **self.chat_template_kwargs},
+        )
+        self._reward_guard = RewardGuard(args.reward_timeout, self.accelerator.num_processes > 1, prefill)
         self.reward_funcs = [
             func if isinstance(func, nn.Module) else self._reward_guard.wrap(func, name)
             for func, name in zip(self.reward_funcs, self.reward_func_names, strict=True)
@@ -178,10 +185,11 @@ class GD2POTrainer(PatchedGRPOTrainer):
             rewards, breakdown, self.reward_func_names, num_generations, self.args.snr_threshold
         )
         metrics["has_gradient"] = (breakdown.advantages != 0).any()
+        metrics["masked_ratio"] = (token_counts == 0).float().mean()
         names, values = list(metrics), torch.stack([value.float() for value in metrics.values()])
         # The only wait for the device: all numbers in one copy.
         values = dict(zip(names, values.tolist(), strict=True))
-        has_gradient = values.pop("has_gradient") > 0
+        has_gradient, masked_ratio = values.pop("has_gradient") > 0, values.pop("masked_ratio")
         for name, value in values.items():
             if not math.isnan(value):  # nothing to average, such as the agreement of conflicting rollouts without any
                 self._metrics[mode][f"gd2po/{name}"].append(value)
@@ -193,23 +201,16 @@ class GD2POTrainer(PatchedGRPOTrainer):
                 logged.pop()
             logged.extend(breakdown.advantages.tolist())
             if mode == "train":
-                self._warn_if_nothing_is_learned(has_gradient, values["conflict_ratio"])
+                self._warn_if_nothing_is_learned(has_gradient, values["conflict_ratio"], masked_ratio)
         for column in ("kept", "conflict", "agreement"):
             self._logs["extra"][f"gd2po_{column}"].extend(getattr(breakdown, column).tolist())
 
-    def _warn_if_nothing_is_learned(self, has_gradient: bool, conflict_ratio: float) -> None:
+    def _warn_if_nothing_is_learned(self, has_gradient: bool, conflict_ratio: float, masked_ratio: float) -> None:
         self._batches_without_gradient = 0 if has_gradient else self._batches_without_gradient + 1
         if self._batches_without_gradient in (1, 10, 100, 1000):
+            masks_truncated = self.mask_truncated_completions
             logger.warning(
-                f"No rollout of {self._batches_without_gradient} generation batch(es) in a row has an advantage: "
-                "nothing is learned from them. "
-                + (
-                    "No reward scored any of them."
-                    if math.isnan(conflict_ratio)
-                    else f"The rewards disagree on {conflict_ratio:.0%} of the last one. Where they conflict, "
-                    "`conflict_filter='snr'` with a low `snr_threshold` keeps more rollouts; where they do not, no "
-                    "reward tells the rollouts of a prompt apart."
-                )
+                nothing_learned(self._batches_without_gradient, conflict_ratio, masked_ratio, masks_truncated)
             )
 
     # Validation

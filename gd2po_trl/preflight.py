@@ -8,12 +8,15 @@ from datasets import Dataset, IterableDataset
 from torch import nn
 
 from .completions_table import is_table_column
+from .datasets.prompts import check_prompts_render
 from .errors import UsageError
 from .rewards.guard import name_of, refused_arguments, required_arguments, takes_no_kwargs
 
 
 # What TRL passes to every reward function; anything else that a function asks for is a dataset column.
 TRL_REWARD_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+# What the trainer adds for functions that have such a parameter.
+OUR_REWARD_ARGUMENTS = ("prefill",)
 # Columns that TRL itself hands to reward functions under another name.
 UNPASSED_COLUMNS = ("prompt", "completion", "completion_ids")
 
@@ -54,6 +57,11 @@ def check_before_loading(call: inspect.BoundArguments) -> None:
     for name, eval_dataset in named.items():
         what = f"evaluation dataset {name!r}" if name else "evaluation dataset"
         check_data(what, eval_dataset, functions, adds_columns)
+    tokenizer = arguments.get("processing_class")
+    if tokenizer is not None and not adds_columns and not arguments.get("tools"):  # TRL may set a template for tools
+        for data in (dataset, *named.values()):
+            if isinstance(data, Dataset):
+                check_prompts_render(data, tokenizer, args.chat_template_kwargs)
 
 
 def check_reward_names(names: Iterable[str]) -> None:
@@ -150,7 +158,7 @@ def check_data(what: str, dataset: Any, functions: list[Any], adds_columns: bool
             raise ValueError(takes_no_kwargs(name, refused))
         if adds_columns:
             continue
-        for column in required_arguments(func, TRL_REWARD_ARGUMENTS):
+        for column in required_arguments(func, (*TRL_REWARD_ARGUMENTS, *OUR_REWARD_ARGUMENTS)):
             if column not in columns:
                 raise ValueError(
                     f"The reward function '{name}' needs the dataset column `{column}`, which is missing in the "

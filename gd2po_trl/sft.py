@@ -4,11 +4,13 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from .datasets import load_dataset_by_name
+from .datasets._sources import checked_prompt, is_empty, iterate_rows
+from .datasets.prompts import render_conversations
 from .errors import UsageError
 from .packages import check_packages
 from .policy import check_model, load_tokenizer, policy_arguments
@@ -84,10 +86,10 @@ def _train(recipe: Recipe, record: RunRecord, progress: RewardProgress | None) -
                 f"The data set '{arguments.dataset}' has the columns {', '.join(dataset.column_names)}; a warm-up "
                 "needs `prompt` and `completion`, as rlla_sft has them."
             )
+        check_examples(dataset)
         with one_clear_error():
             tokenizer = load_tokenizer(recipe, dataset)
-        if training.max_length is not None:
-            dataset = _drop_long_examples(dataset, tokenizer, training.max_length)
+        dataset = _drop_long_examples(dataset, tokenizer, training.max_length)
 
     with one_clear_error():
         trainer = SFTTrainer(
@@ -102,16 +104,50 @@ def _train(recipe: Recipe, record: RunRecord, progress: RewardProgress | None) -
     return trainer
 
 
-def _drop_long_examples(dataset: "Dataset", tokenizer: "PreTrainedTokenizerBase", max_length: int) -> "Dataset":
-    def length(row: dict) -> int:
+def check_examples(dataset: "Dataset") -> None:
+    """
+    Refuse rows that TRL's `SFTTrainer` could not read, or that would teach to say nothing.
+
+    Raises:
+        [`UsageError`]: for the first row without a completion, or in which one of `prompt` and `completion` is text
+            and the other a list of messages.
+    """
+    for index, row in enumerate(iterate_rows(dataset, ["prompt", "completion"])):
+        try:
+            prompt, completion = (checked_prompt(row[column], column, parts=True) for column in row)
+            if is_empty(completion) and not any(map(_calls_tools, completion or [])):
+                raise UsageError(f"the column `completion` is empty: {completion!r}; fix the row or leave it out")
+            if isinstance(prompt, str) != isinstance(completion, str):
+                kinds = ("text", "a list of messages")
+                first, second = kinds if isinstance(prompt, str) else reversed(kinds)
+                raise UsageError(f"`prompt` is {first} and `completion` {second}; make both one or the other")
+            if not isinstance(completion, str) and completion[-1]["role"] != "assistant":
+                raise UsageError(
+                    f"`completion` ends with a message of the role {completion[-1]['role']!r}; it must be 'assistant'"
+                )
+        except UsageError as error:
+            raise UsageError(f"row {index} of the data: {error}.") from None
+
+
+def _calls_tools(message: Any) -> bool:
+    return isinstance(message, dict) and bool(message.get("tool_calls"))
+
+
+def _drop_long_examples(dataset: "Dataset", tokenizer: "PreTrainedTokenizerBase", max_length: int | None) -> "Dataset":
+    def length(index: int, row: dict) -> int:
         if isinstance(row["prompt"], str):
             # TRL adds the end of the sequence where it is missing, and then cuts at `max_length`.
             end = tokenizer.eos_token or ""
             completion = row["completion"] if row["completion"].endswith(end) else row["completion"] + end
             return len(tokenizer(row["prompt"] + completion)["input_ids"])
-        return len(tokenizer.apply_chat_template(row["prompt"] + row["completion"], return_dict=False))
+        conversation = row["prompt"] + row["completion"]
+        (text,) = render_conversations([conversation], tokenizer, rows=[index])
+        # The template writes the special tokens itself.
+        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    lengths = [length(row) for row in dataset.select_columns(["prompt", "completion"])]
+    lengths = [length(index, row) for index, row in enumerate(iterate_rows(dataset, ["prompt", "completion"]))]
+    if max_length is None:
+        return dataset
     keep = [index for index, count in enumerate(lengths) if count <= max_length]
     if not keep:
         raise UsageError(

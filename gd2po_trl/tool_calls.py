@@ -98,6 +98,11 @@ def completion_text(completion: Any) -> str:
     return texts[-1].strip() if texts else ""
 
 
+def continued(prefill: str, text: str) -> str:
+    """An assistant's turn of which the prompt holds the start, such as `<think>`: that start, and `text` after it."""
+    return f"{prefill.strip()}\n{text}" if prefill.strip() else text
+
+
 def think_text(text: str) -> str | None:
     """
     What follows the last `<think>`, up to the next `</think>`; `None` unless both tags occur in the text (ToolRL's
@@ -237,7 +242,16 @@ def parse_gold(text: Any) -> Gold:
             f"unexpected text {rest[:60]!r}: after the thoughts there must be `<tool_call>…</tool_call>`, "
             "`<response>…</response>`, or both in this order"
         )
+    if rest and not calls and _is_json_container(rest):
+        raise ValueError(f"the call {rest[:60]!r} must stand between `<tool_call>` and `</tool_call>`, one per line")
     return Gold(calls)
+
+
+def _is_json_container(text: str) -> bool:
+    try:
+        return text[0] in "[{" and isinstance(parse_json(text), (dict, list))
+    except ValueError:
+        return False
 
 
 def _gold_call(line: str) -> dict[str, Any]:
@@ -250,7 +264,9 @@ def _gold_call(line: str) -> dict[str, Any]:
         or not isinstance(call.get("name"), str)
         or not isinstance(call.get("parameters"), dict)
     ):
+        renamed = isinstance(call, dict) and "parameters" not in call and "arguments" in call
         raise ValueError(
             f'the line {line.strip()[:60]!r} in `<tool_call>` must be an object {{"name": text, "parameters": object}}'
+            + ("; rename `arguments` to `parameters`" if renamed else "")
         )
     return call

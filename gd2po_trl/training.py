@@ -15,7 +15,7 @@ from .packages import check_packages
 from .policy import check_model, load_tokenizer, policy_arguments
 from .recipe import Recipe
 from .resuming import RESOLVED_RECIPE, RunRecord, only_run_in
-from .rewards import resolve_reward
+from .rewards import load_reward, resolve_reward
 from .rewards.guard import RewardError
 
 
@@ -78,8 +78,7 @@ def _train(
         )
         for reward_func in reward_funcs:
             # Dead weights, an unreachable server or an inverted direction show before the first generation.
-            if hasattr(reward_func, "load"):
-                reward_func.load()
+            load_reward(reward_func)
     for callback in callbacks:
         if isinstance(callback, RewardProgress):
             callback.attach(trainer)

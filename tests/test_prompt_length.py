@@ -129,3 +129,50 @@ def test_shortened_prompts_fit_and_end_as_before(counts, with_system, limit):
     assert (result[0] == prompt[0]) or not with_system
     assert prompt[-1]["content"].endswith(result[-1]["content"]) and result[-1]["content"]
     assert result[int(with_system)]["role"] == "user"
+
+
+def parts(*texts: str, image: bool = False) -> list[dict]:
+    content = [{"type": "text", "text": text} for text in texts]
+    return [{"role": "user", "content": ([{"type": "image", "text": None}] if image else []) + content}]
+
+
+PARTS_TEMPLATE = TEMPLATE.replace(
+    "{{ message['content'] }}",
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{{ part['text'] or 'image pixels' }} {% endfor %}{% endif %}",
+)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        (parts(words(20)), ["w18 w19"]),
+        (parts(words(20), "question"), ["w19", "question"]),
+        (parts(words(20), "the question"), ["the question"]),
+        (parts(words(20), "a long question"), ["long question"]),
+    ],
+)
+def test_text_in_parts_is_shortened(prompt, expected):
+    dataset = Dataset.from_dict({"prompt": [prompt]})
+    shortened, count = truncate_prompts_left(dataset, make_tokenizer(PARTS_TEMPLATE), 6)
+    (message,) = shortened[0]["prompt"]
+    assert count == 1 and shortened[0]["full_prompt"] == prompt
+    assert [part["text"].strip() for part in message["content"]] == expected
+
+
+@pytest.mark.parametrize(
+    ("prompt", "blamed", "innocent"),
+    [
+        (conversation(("user", 5)), ["the chat template alone fills"], ["system", "after the last user"]),
+        (conversation(("system", 5), ("user", 5)), ["its system message and the chat template alone"], ["after"]),
+        (conversation(("user", 5), ("assistant", 9)), ["the messages after the last user message"], ["system"]),
+        (parts(words(20)), ["the chat template alone"], ["system", "parts"]),
+        (parts(words(20), image=True), ["its parts that are no text and the chat template alone"], ["system"]),
+        (words(9), ["the tokens that the tokenizer adds"], ["system", "chat template"]),
+    ],
+)
+def test_the_error_blames_what_is_there(prompt, blamed, innocent):
+    tokenizer = make_tokenizer(PARTS_TEMPLATE)
+    with pytest.raises(UsageError) as error:
+        truncate_prompts_left(Dataset.from_dict({"prompt": [prompt]}), tokenizer, 0 if isinstance(prompt, str) else 3)
+    assert all(word in str(error.value) for word in blamed) and not any(word in str(error.value) for word in innocent)

@@ -1,10 +1,12 @@
 """A recipe's own prompts, and prompts that are too long for the policy."""
 
+import re
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
+from ..rewards.conversation import text_of
 from ._sources import DatasetReport, Source, checked_prompt, drop_rows, iterate_rows, load_rows, require_columns
 
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 PROMPTS = Source("prompts", remedy="set `dataset_path` to a file with a `prompt` column")
 # GRPOTrainer hands these names to every reward function itself, so a column of the same name would be passed twice.
 RESERVED_COLUMNS = ("prompts", "completions")
+_OPENED_THOUGHTS = re.compile(r"<think>\s*(?:</think>\s*)?\Z")
 
 
 def load_prompts(path: str | None, split: str | None, *, drop_duplicates: bool = False) -> "Dataset":
@@ -49,17 +52,125 @@ def load_prompts(path: str | None, split: str | None, *, drop_duplicates: bool =
     return drop_rows(dataset, report, drop_duplicates=drop_duplicates)
 
 
+def render_conversations(
+    conversations: Sequence[list[dict[str, Any]]],
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    rows: Sequence[int] | None = None,
+    **options: Any,
+) -> list[str]:
+    """
+    Conversations as the text that the tokenizer's chat template makes of them.
+
+    Args:
+        conversations (sequence of `list[dict]`): Lists of messages.
+        tokenizer (`PreTrainedTokenizerBase`): A tokenizer with a chat template.
+        rows (sequence of `int`, *optional*): Their rows in the data, for messages; from 0 on by default.
+        options: For `apply_chat_template`, such as `add_generation_prompt`, and the template's variables.
+
+    Raises:
+        [`UsageError`]: The template refuses a conversation; the message says which one, and what the template said.
+    """
+    try:
+        return tokenizer.apply_chat_template(list(conversations), tokenize=False, **options)
+    except Exception as error:  # jinja2 has a hierarchy of its own, and templates raise what they like
+        refusal = error
+    for row, conversation in zip(rows or range(len(conversations)), conversations, strict=False):
+        try:
+            tokenizer.apply_chat_template(conversation, tokenize=False, **options)
+        except Exception as error:
+            reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+            raise UsageError(
+                f"the chat template refuses row {row} of the data (roles: "
+                f"{', '.join(str(message.get('role')) for message in conversation)}): {reason}. "
+                f"{_remedy(conversation)}, leave the row out, or take a model whose template allows it"
+            ) from error
+    raise UsageError(f"the chat template cannot be applied: {refusal}") from refusal
+
+
+def _remedy(conversation: list[dict[str, Any]]) -> str:
+    if any(isinstance(message.get("content"), list) for message in conversation):
+        return "Write `content` as one text instead of a list of parts"
+    if conversation and conversation[0].get("role") == "system":
+        return "Put the text of the system message in front of the first user message"
+    return "Change the messages"
+
+
+def opened_thoughts(
+    prompts: Sequence[str | list[dict[str, Any]]], tokenizer: "PreTrainedTokenizerBase", **options: Any
+) -> list[str]:
+    """
+    The start of the thoughts that each prompt holds already, because its end opens them.
+
+    The chat templates of DeepSeek-R1's distilled models and of Qwen3.5 end a prompt with `<think>`, so that no
+    completion can hold that tag; Qwen3's, told not to think, ends it with `<think>`, `</think>`.
+
+    Args:
+        prompts (sequence of `str` or `list[dict]`): Prompts, plain or conversational.
+        tokenizer (`PreTrainedTokenizerBase`): The policy's tokenizer or processor.
+        options: For `apply_chat_template`, such as the template's variables.
+
+    Returns:
+        `list[str]`: Per prompt `"<think>"`, `"<think></think>"`, or an empty text.
+    """
+    template = options.get("chat_template") or getattr(tokenizer, "chat_template", None)
+    opened: dict[str, str] = {}
+    for prompt in prompts:
+        if (key := repr(prompt)) in opened:
+            continue
+        if isinstance(prompt, str):
+            # Text that ends with both tags rather asks for thoughts than gives them.
+            opened[key] = "<think>" if prompt.rstrip().endswith("<think>") else ""
+        elif template is not None and "<think>" in str(template):
+            text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False, **options)
+            opened[key] = thoughts_at_the_end(text)
+        else:
+            opened[key] = ""
+    return [opened[repr(prompt)] for prompt in prompts]
+
+
+def thoughts_at_the_end(rendered: str) -> str:
+    """What the end of a prompt, after its chat template, holds of the thoughts; see [`opened_thoughts`]."""
+    match = _OPENED_THOUGHTS.search(rendered)
+    return "" if match is None else "".join(match.group().split())
+
+
+def check_prompts_render(
+    dataset: "Dataset", tokenizer: "PreTrainedTokenizerBase", chat_template_kwargs: dict[str, Any] | None = None
+) -> None:
+    """
+    Finds out whether the chat template takes the prompts, from the first row of each sequence of roles and contents.
+
+    Raises:
+        [`UsageError`]: As [`render_conversations`].
+    """
+    if getattr(tokenizer, "chat_template", None) is None:
+        return
+    first_rows: dict[tuple, tuple[int, list[dict[str, Any]]]] = {}
+    for index, row in enumerate(iterate_rows(dataset, ["prompt"])):
+        prompt = row["prompt"]
+        if isinstance(prompt, list) and all(isinstance(message, dict) for message in prompt):
+            contents = [(message.get("role"), message.get("content")) for message in prompt]
+            shape = tuple((role, type(content), bool(content)) for role, content in contents)
+            first_rows.setdefault(shape, (index, prompt))
+    if first_rows:
+        rows, prompts = zip(*first_rows.values(), strict=True)
+        render_conversations(prompts, tokenizer, rows=rows, add_generation_prompt=True, **(chat_template_kwargs or {}))
+
+
 def count_prompt_tokens(
     prompts: list[str] | list[list[dict[str, Any]]],
     tokenizer: "PreTrainedTokenizerBase",
     chat_template_kwargs: dict[str, Any] | None = None,
+    first_row: int = 0,
 ) -> list[int]:
     """
     Number of tokens that each prompt has when TRL gives it to the policy: through the chat template, with the
-    generation prompt and the template's variables `chat_template_kwargs`, where it is conversational.
+    generation prompt and the template's variables `chat_template_kwargs`, where it is conversational. `first_row` is
+    the row of the first one, for messages.
 
     Raises:
-        [`UsageError`]: Conversational prompts for a tokenizer without a chat template.
+        [`UsageError`]: Conversational prompts for a tokenizer without a chat template, or one that refuses them.
     """
     if not prompts:
         return []
@@ -69,8 +180,9 @@ def count_prompt_tokens(
         raise UsageError(
             "the prompts are conversations, but the tokenizer has no chat template; use an instruct model or set one"
         )
-    texts = tokenizer.apply_chat_template(
-        prompts, add_generation_prompt=True, tokenize=False, **(chat_template_kwargs or {})
+    rows = range(first_row, first_row + len(prompts))
+    texts = render_conversations(
+        prompts, tokenizer, rows=rows, add_generation_prompt=True, **(chat_template_kwargs or {})
     )
     # The template writes the special tokens itself.
     return [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
@@ -84,7 +196,7 @@ def _all_token_counts(
 ) -> list[int]:
     counts: list[int] = []
     for batch in dataset.select_columns(["prompt"]).iter(batch_size):
-        counts += count_prompt_tokens(batch["prompt"], tokenizer, chat_template_kwargs)
+        counts += count_prompt_tokens(batch["prompt"], tokenizer, chat_template_kwargs, first_row=len(counts))
     return counts
 
 
@@ -130,9 +242,9 @@ def truncate_prompts_left(
     Shortens prompts from the left until they have at most `max_prompt_tokens` tokens.
 
     Of a conversation, whole turns go first, from the oldest on; the system message stays, and so does the last user
-    message, which loses its own beginning only when nothing else is left to drop. So the prompt stays a well-formed
-    conversation, where cutting its tokens would cut into the template. A new column `full_prompt` keeps the prompt as
-    it was, for rewards that judge the completion in its full context.
+    message, which loses the beginning of its text only when nothing else is left to drop. So the prompt stays a
+    well-formed conversation, where cutting its tokens would cut into the template. A new column `full_prompt` keeps
+    the prompt as it was, for rewards that judge the completion in its full context.
 
     Args:
         dataset (`Dataset`): Rows with a `prompt` column, plain or conversational.
@@ -144,7 +256,7 @@ def truncate_prompts_left(
         `tuple[Dataset, int]`: All rows, with `full_prompt`, and how many prompts were shortened.
 
     Raises:
-        [`UsageError`]: `max_prompt_tokens` leaves no room beside the template or the system message.
+        [`UsageError`]: `max_prompt_tokens` leaves no room beside what has to stay.
     """
     counts = _all_token_counts(dataset, tokenizer, chat_template_kwargs)
     too_long = {index for index, count in enumerate(counts) if count > max_prompt_tokens}
@@ -170,7 +282,10 @@ def truncate_prompts_left(
 
 def _truncate_left(prompt: Any, fits: Callable[[Any], bool], max_tokens: int, index: int) -> Any:
     if isinstance(prompt, str):
-        head, text, tail = None, prompt, []
+        length, fixed = len(prompt), ["the tokens that the tokenizer adds"]
+
+        def cut(start: int) -> Any:
+            return prompt[start:]
     else:
         head = prompt[:1] if prompt[0]["role"] == "system" else []
         turns = prompt[len(head) :]
@@ -180,16 +295,46 @@ def _truncate_left(prompt: Any, fits: Callable[[Any], bool], max_tokens: int, in
             if fits(head + turns[start:]):
                 return head + turns[start:]
         # A system message alone has nothing to lose.
-        text = turns[starts[-1]]["content"] or "" if turns else ""
+        last = turns[starts[-1]] if turns else {}
         tail = turns[starts[-1] + 1 :]
+        length = len(text_of(last))
+        fixed = ["its system message"] * bool(head)
+        fixed += ["the messages after the last user message"] * bool(tail)
+        fixed += ["its parts that are no text"] * any(not _is_text(part) for part in _parts(last))
+        fixed += ["the chat template"]
 
-    def cut(start: int) -> Any:
-        return text[start:] if head is None else head + [{**turns[starts[-1]], "content": text[start:]}] + tail
+        def cut(start: int) -> Any:
+            return [*head, {**last, "content": _without_start(last["content"], start)}, *tail]
 
-    start = bisect_left(range(len(text)), True, key=lambda position: fits(cut(position)))
-    if start >= len(text):
+    start = bisect_left(range(length), True, key=lambda position: fits(cut(position)))
+    if start >= length:
         raise UsageError(
-            f"prompt {index} cannot be shortened to {max_tokens} tokens: its system message and the chat template"
-            " alone fill them; raise max_prompt_tokens"
+            f"prompt {index} cannot be shortened to {max_tokens} tokens: {' and '.join(fixed)} alone"
+            f" fill{'s' * (len(fixed) == 1)} them; raise max_prompt_tokens"
         )
     return cut(start)
+
+
+def _parts(message: dict[str, Any]) -> list[Any]:
+    content = message.get("content")
+    return content if isinstance(content, list) else []
+
+
+def _is_text(part: Any) -> bool:
+    return isinstance(part, str) or (isinstance(part, dict) and isinstance(part.get("text"), str))
+
+
+def _without_start(content: str | list[Any], count: int) -> str | list[Any]:
+    """Content of a message without the first `count` characters of its text; parts that are no text stay."""
+    if isinstance(content, str):
+        return content[count:]
+    kept = []
+    for part in content:
+        if _is_text(part) and count > 0:
+            text = part if isinstance(part, str) else part["text"]
+            rest, count = text[count:], count - min(count, len(text))
+            if not rest:
+                continue
+            part = rest if isinstance(part, str) else {**part, "text": rest}
+        kept.append(part)
+    return kept

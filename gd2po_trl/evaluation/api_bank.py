@@ -26,8 +26,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UsageError
-from ..tool_calls import parse_calls, parse_gold, parse_json, split_completion, think_text, values_equal
-from .engine import EvalRow, wilson_interval
+from ..tool_calls import (
+    continued,
+    parse_calls,
+    parse_gold,
+    parse_json,
+    split_completion,
+    think_text,
+    values_equal,
+)
+from .engine import EvalRow, prefill_of, wilson_interval
 from .tables import print_table
 
 
@@ -219,7 +227,8 @@ def score_predictions(
 
     Args:
         rows (`Sequence[ApiBankRow]`): The dialogues.
-        predictions (`dict[str, dict]`): Completions by row id; see [`engine.generate_predictions`].
+        predictions (`dict[str, dict]`): Completions by row id; see [`engine.generate_predictions`]. The thoughts that
+            a prompt opened (`prefill`) count as the completion's.
         protocol (`str`, defaults to `"strict"`): `"strict"` or `"reference"`.
 
     Returns:
@@ -233,7 +242,8 @@ def score_predictions(
     scored = []
     for row in rows:
         record = predictions.get(row.id, {"error": "no prediction"})
-        completion = record["completion"] if record.get("error") is None else None
+        # Where the chat template has opened the thoughts, the model cannot.
+        completion = continued(prefill_of(record), record["completion"]) if record.get("error") is None else None
         score = score_completion(completion, row.gold, protocol)
         scored.append({"id": row.id, "level": row.level, **vars(score), "finish_reason": record.get("finish_reason")})
     levels = {

@@ -29,6 +29,7 @@ class Decoder:
     """Tokenizer, stop tokens and context window, which both backends share."""
 
     model: Any = None
+    prefills: list[str]
 
     def __init__(self, settings: GenerationSettings):
         from transformers import AutoConfig, AutoTokenizer, GenerationConfig
@@ -73,34 +74,38 @@ class Decoder:
 
         Prompts that are text stay as they are. Without a chat template the contents of the messages are joined by
         blank lines. Prompts beyond `settings.max_prompt_tokens` are shortened from the left, conversations by whole
-        turns as in training.
+        turns as in training. What their ends open of the assistant's thoughts is in `prefills` afterwards.
         """
+        from ..datasets.prompts import (
+            opened_thoughts,
+            render_conversations,
+            thoughts_at_the_end,
+            truncate_prompts_left,
+        )
+
         limit = self.settings.max_prompt_tokens
         variables = self.settings.chat_template_kwargs or {}
-        if prompts and isinstance(prompts[0], str):
-            return [ids[-limit:] if limit else ids for ids in self.tokenizer(list(prompts))["input_ids"]]
-        if not self.tokenizer.chat_template:
-            texts = ["\n\n".join(message["content"] for message in prompt) for prompt in prompts]
+        is_text = bool(prompts) and isinstance(prompts[0], str)
+        if is_text or not self.tokenizer.chat_template:
+            texts = [
+                prompt if isinstance(prompt, str) else "\n\n".join(message["content"] for message in prompt)
+                for prompt in prompts
+            ]
+            self.prefills = opened_thoughts(texts, self.tokenizer)
             return [ids[-limit:] if limit else ids for ids in self.tokenizer(texts)["input_ids"]]
         try:
             if limit is not None:
                 from datasets import Dataset
-
-                from ..datasets.prompts import truncate_prompts_left
 
                 dataset, shortened = truncate_prompts_left(
                     Dataset.from_dict({"prompt": list(prompts)}), self.tokenizer, limit, variables
                 )
                 prompts = dataset["prompt"]
                 logger.info("%d of %d prompts were shortened to %d tokens.", shortened, len(prompts), limit)
-            texts = [
-                self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False, **variables)
-                for prompt in prompts
-            ]
-        except UsageError:
-            raise
-        except Exception as error:  # jinja2 has a hierarchy of its own, and templates raise what they like
-            raise UsageError(f"The chat template of {self.settings.model} refuses a prompt: {error}") from error
+            texts = render_conversations(prompts, self.tokenizer, add_generation_prompt=True, **variables)
+        except UsageError as error:
+            raise UsageError(f"{self.settings.model}: {error}") from error
+        self.prefills = [thoughts_at_the_end(text) for text in texts]
         # The template writes the special tokens itself.
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
 

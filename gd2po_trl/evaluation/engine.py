@@ -235,6 +235,12 @@ def _parse_published(content: bytes) -> dict[str, dict[str, Any]] | None:
     return {key: {"id": key, "completion": value["raw_output"]} for key, value in records.items()}
 
 
+def prefill_of(record: dict[str, Any]) -> str:
+    """The start of the assistant's turn that stands in the prompt, from a record of predictions."""
+    prefill = record.get("prefill")
+    return prefill if isinstance(prefill, str) else ""
+
+
 def read_predictions(path: str | os.PathLike, rows: Sequence[EvalRow]) -> dict[str, dict[str, Any]]:
     """
     The predictions for `rows` from a file that this package or another program wrote; see [`parse_predictions`].
@@ -419,8 +425,9 @@ def generate_predictions(
 
     Returns:
         `dict[str, dict]`: By row id in the order of `rows`: `id`, `completion`, `finish_reason` (`"stop"`, `"length"`
-        or `None` where nothing could be generated), `completion_tokens`, `prompt_tokens`, `prompt_sha256`, and `error`
-        where the prompt leaves no room in the context window.
+        or `None` where nothing could be generated), `completion_tokens`, `prompt_tokens`, `prompt_sha256`, `prefill`
+        where the prompt ends with the start of the model's thoughts (`"<think>"`), and `error` where the prompt leaves
+        no room in the context window.
 
     Raises:
         [`UsageError`]: if the folder belongs to other settings, the model cannot be loaded, or memory runs out.
@@ -449,7 +456,12 @@ def generate_predictions(
                     outputs = dict(zip(batch, decoder.complete([prompts[index] for index in batch]), strict=True))
                     log.append(
                         [
-                            {"id": ids[index], **outputs[index], "prompt_sha256": rows[index].prompt_sha256}
+                            {
+                                "id": ids[index],
+                                **outputs[index],
+                                **({"prefill": decoder.prefills[index]} if decoder.prefills[index] else {}),
+                                "prompt_sha256": rows[index].prompt_sha256,
+                            }
                             for index in todo
                         ]
                     )

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from .engine import EvalRow, wilson_interval
+from .engine import EvalRow, prefill_of, wilson_interval
 from .tables import print_table
 
 
@@ -101,7 +101,7 @@ def resolve_rewards(rewards: dict[str, dict[str, Any]], *, columns: bool = False
         [`UsageError`]: if there is none, or one cannot be found or reads a column of the data and must not.
     """
     from ..rewards import resolve_reward
-    from ..rewards.guard import required_arguments
+    from ..rewards.guard import refused_arguments, required_arguments, takes_no_kwargs
 
     if not rewards:
         raise UsageError("No reward to score with; give at least one --reward.")
@@ -115,7 +115,10 @@ def resolve_rewards(rewards: dict[str, dict[str, Any]], *, columns: bool = False
             from ..rewards.preference import RewardModel
 
             reward = RewardModel(reward, label)
-        if not columns and (needed := required_arguments(reward, ("prompts", "completions", "completion_ids"))):
+        given = ("prompts", "completions", "completion_ids")
+        if refused := refused_arguments(reward, given):
+            raise UsageError(takes_no_kwargs(label, refused))
+        if not columns and (needed := required_arguments(reward, (*given, "prefill"))):
             raise UsageError(
                 f"The reward {label!r} needs {', '.join(f'`{name}`' for name in needed)}, and this evaluation gives "
                 "rewards the prompts and completions alone; leave it out."
@@ -160,11 +163,14 @@ def compute_scores(
         for row in rows
         if row.id in given and given[row.id].get("error") is None
     ]
+    prefills: list[str] = []  # of the completions that are scored now
+    guard = RewardGuard(prefill=lambda _: prefills)
     for label, function in rewards.items():
-        reward = RewardGuard().wrap(function, label)
+        reward = guard.wrap(function, label)
         with tqdm(total=len(todo), desc=f"Scoring: {label}", unit="row") as bar:
             for start in range(0, len(todo), _CHUNK):
                 names, chunk, given = zip(*todo[start : start + _CHUNK], strict=True)
+                prefills = [prefill_of(record) for record in given]
                 try:
                     values = _call(reward, **_data_arguments(chunk, given), **arguments)
                 except RewardError as error:

@@ -24,6 +24,10 @@ BUILT_IN: dict[str, tuple[str, str]] = {
     "text_scorer": ("text_scorers", "TextScorer"),
 }
 
+# What a reward may have beside its call: `load()` reads weights or reaches a server, `unload()` gives the memory back,
+# `check_data(dataset, what)` finds rows that it could not score. All three are called before or between the calls.
+OPTIONAL_METHODS = ("load", "unload", "check_data")
+
 _DOTTED_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
 
@@ -107,11 +111,17 @@ def _import(path: str, label: str) -> Any:
         # As with `python -m`, a module beside the recipe can be named.
         sys.path.insert(0, str(Path.cwd()))
     try:
-        target = getattr(import_module(module_name), attribute)
-    except ImportError as error:
-        raise UsageError(f"The reward '{label}' is {path}, and importing {module_name} failed: {error}.") from error
-    except AttributeError as error:
-        raise UsageError(f"The reward '{label}' is {path}, but {module_name} has no `{attribute}`.") from error
+        module = import_module(module_name)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever the module does while it is imported, `exit()` included
+        kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
+        raise UsageError(
+            f"The reward '{label}' is {path}, and importing {module_name} failed: {kind}{_one_line(error)}."
+        ) from error
+    target = getattr(module, attribute, None)
+    if target is None:
+        raise UsageError(f"The reward '{label}' is {path}, but {module_name} has no `{attribute}`.")
     if not callable(target):
         raise UsageError(f"The reward '{label}' is {path}, which is not a function or class.")
     return target
@@ -120,18 +130,52 @@ def _import(path: str, label: str) -> Any:
 def _build(target: Any, label: str, kwargs: dict[str, Any]) -> Callable:
     """An instance of a class, or a function with its keyword arguments bound."""
     try:
-        if inspect.isclass(target):
-            inspect.signature(target).bind(**kwargs)
-            instance: Any = target(**kwargs)
-            return instance
-        inspect.signature(target).bind_partial(**kwargs)
-        return functools.partial(target, **kwargs)
+        signature = inspect.signature(target)
+        signature.bind(**kwargs) if inspect.isclass(target) else signature.bind_partial(**kwargs)
     except TypeError as error:
         raise UsageError(f"The reward '{label}' does not take these keyword arguments: {error}.") from error
+    except ValueError:  # some builtins have no signature
+        pass
+    if not inspect.isclass(target):
+        return functools.partial(target, **kwargs)
+    try:
+        instance: Any = target(**kwargs)
+    except (UsageError, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # whatever the class does
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise UsageError(f"The reward '{label}': {kind}{_one_line(error)}") from error
+    if not callable(instance):
+        raise UsageError(f"The reward '{label}' is a {target.__name__}, which has no `__call__` to score with.")
+    return instance
+
+
+def load_reward(reward_func: Any) -> None:
+    """
+    Have a reward load what it needs, if it has a method `load` for that, so that what is missing shows at once.
+
+    Raises:
+        [`UsageError`]: if that fails.
+    """
+    load = getattr(reward_func, "load", None)
+    if load is None or any(
+        parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        for parameter in inspect.signature(load).parameters.values()
+    ):  # a `load(path)` of its own is something else
+        return
+    label = getattr(reward_func, "__name__", type(reward_func).__name__)
+    try:
+        load()
     except UsageError:
         raise
-    except ValueError as error:
-        raise UsageError(f"The reward '{label}': {error}") from error
+    except Exception as error:
+        kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
+        raise UsageError(f"The reward '{label}' cannot be loaded: {kind}{_one_line(error)}") from error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or "it says nothing"
 
 
 def _named(reward_func: Callable, label: str) -> Callable:
@@ -152,4 +196,7 @@ def _named(reward_func: Callable, label: str) -> Callable:
     reward.__wrapped__ = reward_func
     # The trainer reads off the signature which dataset columns the reward needs.
     reward.__signature__ = inspect.signature(reward_func)
+    for method in OPTIONAL_METHODS:
+        if hasattr(unbound, method):
+            setattr(reward, method, getattr(unbound, method))
     return reward

@@ -99,6 +99,10 @@ def refused_arguments(reward_func: Callable, given: Collection[str]) -> list[str
     return [name for name in given if name not in by_name]
 
 
+def _names_parameter(reward_func: Callable, name: str) -> bool:
+    return any(parameter.name == name for parameter in _parameters(reward_func))
+
+
 def _parameters(reward_func: Callable) -> list[inspect.Parameter]:
     try:
         # Of the function itself: a decorator may add or drop arguments before the function that it wraps is called.
@@ -122,11 +126,20 @@ class RewardGuard:
             Seconds that a call may take.
         defer (`bool`):
             Whether to keep failures for `raise_failures` instead of raising them.
+        prefill (`Callable`, *optional*):
+            Gives per prompt the start of the assistant's turn that the prompt holds already. Functions with a
+            parameter `prefill` are given it, unless the data has a column of that name.
     """
 
-    def __init__(self, timeout: float | None = None, defer: bool = False):
+    def __init__(
+        self,
+        timeout: float | None = None,
+        defer: bool = False,
+        prefill: Callable[[list], list[str]] | None = None,
+    ):
         self.timeout = timeout
         self.defer = defer
+        self.prefill = prefill
         self._failures: list[str] = []
         self._names: set[str] = set()
 
@@ -168,6 +181,8 @@ class RewardGuard:
 
     def _bound(self, reward_func: Callable, name: str, **arguments: Any) -> Callable[[], Any]:
         """The call of `reward_func` with `arguments`, which it must be able to take."""
+        if self.prefill is not None and "prefill" not in arguments and _names_parameter(reward_func, "prefill"):
+            arguments["prefill"] = self.prefill(arguments["prompts"])
         if refused := refused_arguments(reward_func, arguments):
             raise RewardError(takes_no_kwargs(name, refused))
         if missing := required_arguments(reward_func, arguments):

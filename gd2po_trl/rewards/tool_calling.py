@@ -5,7 +5,7 @@ The three rewards of the tool-calling task: `correctness`, `format` and `length`
 https://huggingface.co/papers/2504.13958); [`Correctness`], [`Format`] and [`Length`] build the published variants. All
 take TRL's arguments, conversational or plain completions, and (but for length) the column `answer`: the ground truth
 as text. None ever raises on what a model wrote. A row whose `answer` is no text or cannot be parsed gets `None`, which
-TRL treats as unscored: the dataset loader refuses such rows, so that they only come from data that bypassed it.
+TRL treats as unscored; `check_data` counts such rows before training.
 
 Deviations from the published code, which `reference=True` undoes:
 
@@ -21,6 +21,7 @@ Without a counterpart in `reference=True`: a ground truth with a blank line betw
 """
 
 import inspect
+import logging
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -31,6 +32,7 @@ from ..errors import UsageError
 from ..tool_calls import (
     Gold,
     completion_text,
+    continued,
     parse_calls,
     parse_gold,
     reference_tool_call,
@@ -39,6 +41,8 @@ from ..tool_calls import (
     values_equal,
 )
 
+
+logger = logging.getLogger(__name__)
 
 _TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<response>", "</response>")
 
@@ -74,6 +78,8 @@ class _ScheduledReward:
 
     # Name of the field that the schedule changes.
     _scheduled: ClassVar[str]
+    # Whether the reward tells completions apart only where the ground truth has a call.
+    _needs_calls: ClassVar[bool] = False
 
     def __post_init__(self):
         final = f"final_{self._scheduled}"
@@ -144,6 +150,29 @@ class _ScheduledReward:
                     parsed[text] = None
         return [parsed[text] if isinstance(text, str) else None for text in answer]
 
+    def _check_golds(self, dataset: Any, what: str) -> None:
+        golds, unread = [], []
+        for index, answer in enumerate(dataset["answer"]):
+            try:
+                golds.append(parse_gold(answer))
+            except ValueError as error:
+                unread.append((index, error))
+        rows = len(golds) + len(unread)
+        if unread:
+            index, error = unread[0]
+            message = (
+                f"The {self.name} reward cannot read {len(unread)} of {rows} answers in the column `answer` of the "
+                f"{what} and leaves those rows unscored. The first is row {index}: {error}."
+            )
+            if not golds:
+                raise UsageError(message)
+            logger.warning(message)
+        if golds and self._needs_calls and not any(gold.calls for gold in golds):
+            logger.warning(
+                f"The {self.name} reward is 0 for every completion: none of the {rows} answers in the {what} has a "
+                "`<tool_call>` block."
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Correctness(_ScheduledReward):
@@ -198,11 +227,16 @@ class Correctness(_ScheduledReward):
     name: str = "correctness"
 
     _scheduled: ClassVar[str] = "max_score"
+    _needs_calls: ClassVar[bool] = True
 
     def __post_init__(self):
         super().__post_init__()
         self._check_choice("match", MATCHES)
         self._check_bool("reference")
+
+    def check_data(self, dataset: Any, what: str) -> None:
+        """Warns of answers in a dataset that the reward cannot read; [`UsageError`] if it can read none."""
+        self._check_golds(dataset, what)
 
     @_answer_required
     def __call__(
@@ -352,6 +386,10 @@ class Format(_ScheduledReward):
         if not number or not -sys.float_info.max <= lowest < highest:
             raise self._error("min_score", lowest, "must be a finite number below `max_score`")
 
+    def check_data(self, dataset: Any, what: str) -> None:
+        """As [`Correctness`]'."""
+        self._check_golds(dataset, what)
+
     @_answer_required
     def __call__(
         self,
@@ -359,16 +397,13 @@ class Format(_ScheduledReward):
         completions: Sequence[Any],
         answer: Sequence[str] | None = None,
         trainer_state: Any = None,
+        prefill: Sequence[str] | None = None,
         **kwargs,
     ) -> list[float | None]:
         low, high = float(self.min_score), float(self._current(trainer_state))
         return [
-            None
-            if gold is None
-            else high
-            if _has_structure(completion_text(completion), gold, self.reference)
-            else low
-            for completion, gold in zip(completions, self._golds(answer, completions), strict=True)
+            None if gold is None else high if _has_structure(text, gold, self.reference) else low
+            for text, gold in zip(_turns(completions, prefill), self._golds(answer, completions), strict=True)
         ]
 
 
@@ -435,11 +470,22 @@ class Length(_ScheduledReward):
     _scheduled: ClassVar[str] = "max_words"
 
     def __call__(
-        self, prompts: Sequence[Any], completions: Sequence[Any], trainer_state: Any = None, **kwargs
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        trainer_state: Any = None,
+        prefill: Sequence[str] | None = None,
+        **kwargs,
     ) -> list[float]:
         max_words = self._current(trainer_state)
-        thoughts = [think_text(completion_text(completion)) for completion in completions]
+        thoughts = [think_text(text) for text in _turns(completions, prefill)]
         return [0.0 if text is None else min(round(len(text.split()) / max_words, 2), 1.0) for text in thoughts]
+
+
+def _turns(completions: Sequence[Any], prefill: Sequence[str] | None) -> list[str]:
+    """The assistant's turns: what the prompts opened of them (a chat template may open `<think>`), and the rest."""
+    texts = [completion_text(completion) for completion in completions]
+    return texts if prefill is None else [continued(start, text) for start, text in zip(prefill, texts, strict=True)]
 
 
 _CORRECTNESS, _FORMAT, _LENGTH = Correctness(), Format(), Length()
@@ -452,11 +498,15 @@ def correctness(prompts, completions, answer=None, **kwargs) -> list[float | Non
 
 
 @_answer_required
-def format(prompts, completions, answer=None, **kwargs) -> list[float | None]:
+def format(prompts, completions, answer=None, prefill=None, **kwargs) -> list[float | None]:
     """1 if the completion has the structure of the ground truth, else 0: [`Format`] with its defaults."""
-    return _FORMAT(prompts, completions, answer, **kwargs)
+    return _FORMAT(prompts, completions, answer, prefill=prefill, **kwargs)
 
 
-def length(prompts, completions, **kwargs) -> list[float]:
+def length(prompts, completions, prefill=None, **kwargs) -> list[float]:
     """Words in the thoughts / 512, in [0, 1]: [`Length`] with its defaults."""
-    return _LENGTH(prompts, completions, **kwargs)
+    return _LENGTH(prompts, completions, prefill=prefill, **kwargs)
+
+
+correctness.check_data = _CORRECTNESS.check_data  # type: ignore[attr-defined]
+format.check_data = _FORMAT.check_data  # type: ignore[attr-defined]
