@@ -1,10 +1,18 @@
-# `make quickstart` and `make test` need nothing but Python >= 3.10: each makes .venv if it is not there.
+# `make quickstart` and `make test` need nothing but Python 3.11 or newer: each makes .venv if it is not there.
+# Another Python than `python3`: make quickstart PYTHON=python3.12
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 # One thread is faster for models as small as those of the quickstart and the tests.
 export OMP_NUM_THREADS ?= 1
+
+# One line, before pip would say it in a hundred. Any Python can read it.
+define CHECK_PYTHON
+@command -v $(PYTHON) > /dev/null || { echo "gd2po_trl needs Python 3.11 or newer; there is no $(PYTHON)."; exit 1; }
+@$(PYTHON) -c "import sys; ok = sys.version_info >= (3, 11); print('gd2po_trl needs Python 3.11 or newer; found %s, %s%s' \
+	% (sys.version.split()[0], sys.executable, '' if ok else '. Name another one: make PYTHON=python3.12')); sys.exit(not ok)"
+endef
 
 .PHONY: quickstart test test-matrix test-vllm lint format clean
 
@@ -26,6 +34,7 @@ format: $(VENV)/.installed-dev
 
 # The pinned torch comes first, so that no other package pulls in a build for another device.
 $(VENV)/.installed: setup.cfg constraints.txt
+	$(CHECK_PYTHON)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet -c constraints.txt torch
@@ -38,6 +47,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 
 # The oldest, a middle and the newest supported TRL, each in a fresh environment, and what PyPI has now (reported only).
 test-matrix:
+	$(CHECK_PYTHON)
 	PYTHON=$(PYTHON) tests/matrix.sh
 
 # The real vLLM engine on a CPU, in an environment of its own (3.8 GB).
@@ -45,6 +55,7 @@ test-vllm: $(VENV)-vllm/.installed
 	HF_HUB_OFFLINE=1 $(VENV)-vllm/bin/python -m pytest -s tests/test_vllm.py
 
 $(VENV)-vllm/.installed: setup.cfg constraints.txt
+	$(CHECK_PYTHON)
 	$(PYTHON) -m venv $(VENV)-vllm
 	$(VENV)-vllm/bin/pip install --quiet --upgrade pip
 	$(VENV)-vllm/bin/pip install --quiet -c constraints.txt torch

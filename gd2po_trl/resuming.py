@@ -5,7 +5,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,7 @@ class RunRecord:
         }
         segments = list(self.segments)
         if not segments or self.changes:
-            now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+            now = datetime.now(UTC).isoformat(timespec="seconds")
             segments.append({"from_step": self.step, "written": now, "changes": self.changes, "settings": settings})
         (folder / HISTORY).write_text(json.dumps(segments, indent=1) + "\n", encoding="utf-8")
         path = folder / RESOLVED_RECIPE
@@ -236,7 +236,7 @@ def _header(recipe: Recipe, segments: list[dict[str, Any]]) -> str:
 
     from ._version import __version__
 
-    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    now = datetime.now(UTC).isoformat(timespec="seconds")
     header = (
         f"# Written {now} by gd2po_trl {__version__}: the recipe as it ran.\n"
         f"# trl {trl.__version__}, transformers {transformers.__version__}, torch {torch.__version__}, "
