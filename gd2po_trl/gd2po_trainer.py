@@ -154,11 +154,12 @@ class GD2POTrainer(PatchedGRPOTrainer):
         num_generations = self.num_generations if mode == "train" else self.num_generations_eval
         is_decoupled = self.multi_objective_aggregation == "normalize_then_sum"
 
+        token_counts = gather(loss_mask(output).sum(1))
         breakdown = compute_advantages(
             rewards,
             num_generations,
             reward_weights=self.reward_weights.to(rewards.device),
-            token_counts=gather(loss_mask(output).sum(1)),
+            token_counts=token_counts,
             conflict_filter=self.args.conflict_filter if is_decoupled else None,
             snr_threshold=self.args.snr_threshold,
             consensus_weighting=self.args.consensus_weighting,
@@ -170,7 +171,7 @@ class GD2POTrainer(PatchedGRPOTrainer):
             local = output["advantages"]
             start = self.accelerator.process_index * local.size(0)
             output["advantages"] = breakdown.advantages[start : start + local.size(0)].to(local.dtype)
-        self._log_breakdown(mode, rewards, breakdown, num_generations, is_decoupled)
+        self._log_breakdown(mode, rewards, breakdown, token_counts, num_generations, is_decoupled)
         return output
 
     def _log_breakdown(
@@ -178,6 +179,7 @@ class GD2POTrainer(PatchedGRPOTrainer):
         mode: str,
         rewards: torch.Tensor,
         breakdown: AdvantageBreakdown,
+        token_counts: torch.Tensor,
         num_generations: int,
         is_decoupled: bool,
     ) -> None:
