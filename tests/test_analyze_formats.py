@@ -287,3 +287,44 @@ def test_no_report_for_an_empty_file(tmp_path):
     pd.DataFrame({"prompt": [], "completion": [], "a": []}).to_parquet(tmp_path / "c.parquet")
     with pytest.raises(UsageError, match="holds no rows"):
         analyze(tmp_path / "c.parquet")
+
+
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_other_separators_of_a_csv(tmp_path, separator):
+    table = rollouts_table([*"aaaabbbb"], [1] * 8)
+    table.to_csv(tmp_path / "a.csv", sep=separator, index=False)
+    table.to_csv(tmp_path / "a.tsv", sep=separator, index=False)
+    assert names_of(analyze(tmp_path / "a.csv")) == names_of(analyze(tmp_path / "a.tsv")) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("log", "recipe"),
+    [
+        ('{"log_history": 5}', "[1, 2]"),
+        ('{"log_history": [{"reward": NaN, "rewards/a/mean": NaN, "rewards/b/mean": 1}]}', "a: ["),
+        ('{"log_history": [{"reward": null, "rewards/a/mean": "x", "rewards/b/mean": null}]}', "reward_funcs: a"),
+        ("[1]", "reward_funcs: [a, b]\nreward_weights: [1, .nan]"),
+        ("\x00", "reward_funcs: [a, b]\nreward_weights: {a: 1}"),
+    ],
+)
+def test_a_damaged_log_or_recipe_is_none(tmp_path, log, recipe):
+    (tmp_path / "completions").mkdir()
+    write(rollouts_table([*"aaaabbbb"], [1] * 8), tmp_path / "completions" / "completions_00001.parquet")
+    (tmp_path / "trainer_state.json").write_text(log)
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    report = analyze(tmp_path)
+    assert (names_of(report), report.reward_weights, report.warnings) == (["a", "b"], [1.0, 1.0], [])
+
+
+def test_values_beyond_float32_are_infinite(tmp_path):
+    table = rollouts_table([*"aaaabbbb"], [1] * 8)
+    table.loc[2, "a"] = 1e300
+    with pytest.raises(UsageError, match="infinite"):
+        analyze(write(table, tmp_path / "a.parquet"))
+
+
+def test_prompts_and_steps_are_no_rewards(tmp_path):
+    file = write(rollouts_table([*"aaaabbbb"], [1] * 8), tmp_path / "a.parquet")
+    for name in ("prompt", "completion", "step"):
+        with pytest.raises(UsageError, match=f"--rewards names `{name}`"):
+            analyze(file, rewards=["a", name])

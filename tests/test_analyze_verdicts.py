@@ -78,6 +78,13 @@ def test_signs_of_the_weights_turn_a_verdict():
     assert "duplicate" in kinds_of(diagnosis_of(RIGHT, 3 * RIGHT + 1))
 
 
+def test_weights_of_0_and_few_groups_are_said_as_they_are():
+    report = diagnosis_of(RIGHT, OTHER, weights=[0, 0])
+    assert report.verdict.kind == "nothing_varies" and report.recommendation.method is None
+    # Two rollouts are always opposed or alike.
+    assert diagnosis_of([1, 2], [2, 1], size=2).verdict.kind != "opposed"
+
+
 def saturated_rewards(value):
     generator = np.random.default_rng(5)
     column = np.full(2000, float(value))

@@ -32,6 +32,8 @@ END_OF_RANGE = 0.1
 WITHOUT_SIGNAL = 0.5
 # Two rewards that correlate more closely than this are one, or one and its negative.
 IDENTICAL = 0.999
+# ... in at least this many groups.
+FEW_FOR_CORRELATION = 5
 # Rewards with at most this many values: ties abound, and no method differs from another.
 FEW_VALUES = 3
 # Spreads further apart than this are on different scales.
@@ -103,6 +105,12 @@ def _verdict(analysis: Analysis) -> Finding:
     rewards = [reward for reward in analysis.rewards if reward.weight != 0]
     varying = [reward for reward in rewards if reward.groups_without_signal < 1]
     names = [reward.name for reward in varying]
+    if not rewards:
+        return Finding(
+            "nothing_varies",
+            [reward.name for reward in analysis.rewards],
+            "Every reward has weight 0: there is nothing to learn from, whatever the method.",
+        )
     if not varying:
         subject = "No reward varies" if len(rewards) != 1 else f"The only reward, {rewards[0].name}, never varies"
         return Finding(
@@ -131,6 +139,7 @@ def _verdict(analysis: Analysis) -> Finding:
             "GDPO.",
         )
     opposed = [pair for pair in analysis.pairs if _signed_correlation(analysis, pair) < -IDENTICAL]
+    opposed = opposed if analysis.groups >= FEW_FOR_CORRELATION else []
     if opposed:
         pair = opposed[0]
         return Finding(
@@ -263,6 +272,8 @@ def _per_pair(analysis: Analysis, verdict: Finding, of_rewards: list[Finding]) -
     lopsided = [name for finding in of_rewards if finding.kind in kinds for name in finding.rewards]
     for pair in sorted(analysis.pairs, key=lambda pair: -pair.conflict_ratio):
         correlation = _signed_correlation(analysis, pair)
+        if analysis.groups < FEW_FOR_CORRELATION:
+            return
         if correlation > IDENTICAL:
             yield Finding(
                 "duplicate",
@@ -292,6 +303,8 @@ def _per_pair(analysis: Analysis, verdict: Finding, of_rewards: list[Finding]) -
 
 def _recommend(analysis: Analysis, verdict: Finding, findings: list[Finding]) -> Recommendation:
     kinds = {finding.kind for finding in findings}
+    if all(reward.weight == 0 for reward in analysis.rewards):
+        return Recommendation(None, advice=["Give at least one reward a weight other than 0."])
     if verdict.kind == "nothing_varies":
         return Recommendation(
             None,

@@ -172,6 +172,8 @@ def analyze_rewards(
     Raises:
         [`UsageError`]: for a wrong shape or option.
     """
+    if hasattr(rewards, "detach"):
+        rewards = rewards.detach().double().cpu().numpy()  # numpy knows no bfloat16
     values = np.asarray(rewards, dtype=np.float64)
     _check(thresholds, reward_weights, num_generations)
     if values.ndim != 2 or not values.size or len(values) % num_generations:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,7 +16,8 @@ from ..errors import UsageError
 
 
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
-SUFFIXES = (".parquet", ".csv", *JSON_SUFFIXES)
+CSV_SUFFIXES = (".csv", ".tsv")
+SUFFIXES = (".parquet", *CSV_SUFFIXES, *JSON_SUFFIXES)
 # Rows in memory at a time.
 CHUNK_ROWS = 8192
 
@@ -147,9 +149,12 @@ def read_chunks(
     try:
         if suffix == ".parquet":
             chunks = _parquet_chunks(file, columns)
-        elif suffix == ".csv":
+        elif suffix in CSV_SUFFIXES:
+            with file.open(encoding="utf-8-sig") as lines:
+                header = lines.readline()
             # As text: what a cell stands for depends on the column, and a prompt of "1e3" stays one.
-            chunks = pd.read_csv(file, dtype=str, keep_default_na=False, chunksize=CHUNK_ROWS, encoding="utf-8-sig")
+            options: dict[str, Any] = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig"}
+            chunks = pd.read_csv(file, sep=max(",;\t", key=header.count), chunksize=CHUNK_ROWS, **options)
         else:
             chunks = _json_chunks(file)
         for chunk in chunks:
@@ -237,7 +242,10 @@ def _rollouts_of(record: dict, file: Path, line: int) -> list[dict]:
         return [record]
     for name in record:
         value = record[name]
-        if name in (*PROMPTS, *STEPS) and isinstance(value, list) and len(value) != len(values):
+        is_per_rollout = name in (*PROMPTS, *STEPS) or (
+            isinstance(value, list) and all(isinstance(entry, (int, float)) for entry in value)
+        )
+        if is_per_rollout and isinstance(value, list) and len(value) != len(values):
             raise UsageError(
                 f"'{file}', line {line} holds {len(values)} completions and {len(value)} entries of `{name}`; a line "
                 "with several rollouts needs one for each."

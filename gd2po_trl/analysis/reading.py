@@ -17,7 +17,17 @@ import numpy as np
 import pandas as pd
 
 from ..errors import UsageError
-from .formats import JSON_SUFFIXES, Layout, find_files, find_layout, is_trl_table, read_chunks, require, step_in_name
+from .formats import (
+    CSV_SUFFIXES,
+    JSON_SUFFIXES,
+    Layout,
+    find_files,
+    find_layout,
+    is_trl_table,
+    read_chunks,
+    require,
+    step_in_name,
+)
 from .weights import exact_weights, logged_rewards
 
 
@@ -134,6 +144,8 @@ def read_rollouts(sources: Sequence[str | Path], reward_names: Sequence[str] | N
     if reward_names:
         names, total = list(dict.fromkeys(reward_names)), None
         require(first, files[0], names)
+        if texts := [name for name in names if name in (*layout.texts, layout.step)]:
+            raise UsageError(f"--rewards names `{texts[0]}`, a column that holds texts or steps and no rewards.")
     else:
         names, total = _detect_rewards(first, files[0], layout, warnings, notes)
     extra_names = [name for name in ("advantage", "gd2po_conflict") if name in first.columns]
@@ -189,7 +201,8 @@ def read_rollouts(sources: Sequence[str | Path], reward_names: Sequence[str] | N
 
 def _usable(names: list[str], rewards: np.ndarray, notes: list[str]) -> tuple[list[str], np.ndarray]:
     """The rewards with values; an infinite one is an error."""
-    infinite = np.isinf(rewards).sum(0)
+    # Training has float32, in which these are infinite.
+    infinite = (np.abs(rewards) > np.finfo(np.float32).max).sum(0)
     if infinite.any():
         culprit = int(infinite.argmax())
         raise UsageError(
@@ -268,7 +281,7 @@ def _detect_rewards(
     names = [str(name) for name in chunk.columns if name in logged]
     if names:
         return names, None
-    is_typed = file.suffix.lower() != ".csv"
+    is_typed = file.suffix.lower() not in CSV_SUFFIXES
     candidates = [
         str(name)
         for name in chunk.columns

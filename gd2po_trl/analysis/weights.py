@@ -1,6 +1,7 @@
 """The weights that a run gave its rewards: from its recipe, its log, or a total beside the rewards."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,9 +166,9 @@ def logged_rewards(file: Path) -> list[dict[str, float]]:
     for candidate in (run, *newest_first):
         try:
             history = json.loads((candidate / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+            entries = [entry for entry in history if isinstance(entry, dict) and "reward" in entry]
         except (OSError, ValueError, KeyError, TypeError):
             continue
-        entries = [entry for entry in history if isinstance(entry, dict) and "reward" in entry]
         if entries:
             return entries
     return []
@@ -197,7 +198,7 @@ def _recipe_settings(folder: Path, names: list[str]) -> tuple[list[float] | None
         return None, scale
     by_name = dict(zip(labels, weights, strict=True))
     chosen = [by_name.get(name) for name in names]
-    if not all(isinstance(weight, (int, float)) for weight in chosen):
+    if not all(isinstance(weight, (int, float)) and math.isfinite(weight) for weight in chosen):
         return None, scale
     return [float(weight) for weight in chosen if weight is not None], scale
 
@@ -209,7 +210,7 @@ def _logged_means(rollouts: "Rollouts", groups: "Groups") -> tuple[np.ndarray, n
     entries = [
         entry
         for entry in logged_rewards(rollouts.files[0])
-        if all(isinstance(entry.get(key), (int, float)) for key in [*keys, "reward"])
+        if all(isinstance(entry.get(key), (int, float)) and math.isfinite(entry[key]) for key in [*keys, "reward"])
     ]
     means = [[entry[key] for key in keys] for entry in entries]
     if np.isnan(rollouts.rewards).any():
