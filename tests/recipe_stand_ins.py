@@ -109,8 +109,9 @@ def swap_reward(folder: Path, label: str, kwargs: dict[str, Any]) -> dict[str, A
             )
         else:
             raise KeyError(f"no tiny stand-in for the reward model {name}; write one here")
-        # Quantisation needs bitsandbytes and is a matter of size.
-        kept = {**kwargs, **{key: False for key in ("load_in_4bit", "load_in_8bit") if key in kwargs}}
+        # Quantisation needs bitsandbytes and is a matter of size; the policy's tokenizer is on the Hub.
+        off = {"load_in_4bit": False, "load_in_8bit": False, "input_tokenizer": None}
+        kept = {key: off.get(key, value) for key, value in kwargs.items()}
         # A random model has no direction that a self-check could confirm.
         return {**kept, "model": str(model), "self_check": False}
     raise KeyError(f"no tiny stand-in for a reward of type {kind}; write one here")

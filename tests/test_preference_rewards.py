@@ -148,6 +148,24 @@ def test_bias_that_the_config_denies_is_an_error(tmp_path):
         load(folder).load()
 
 
+def test_a_second_end_token_reaches_the_reward_model(qwen2, tmp_path):
+    """As in the published runs: `<|endoftext|>` of Qwen2.5 stays, the tokenizer's own end token goes."""
+    policy = byte_tokenizer()
+    policy.save_pretrained(tmp_path / "policy")
+    own, second = policy.convert_tokens_to_ids([policy.eos_token, "<|system|>"])  # any other special token will do
+    ids = policy("Fine.")["input_ids"]
+    reward = load(qwen2, input_tokenizer=str(tmp_path / "policy"), self_check=False)
+    scores = reward([USER] * 4, [answer("Fine.")] * 4, completion_ids=[[*ids, second], [*ids, own], ids, []])
+    plain, spelled = load_once(qwen2)([USER] * 2, [answer("Fine."), answer("Fine.<|system|>")])
+    assert scores[1:] == pytest.approx([plain] * 3, abs=1e-5)
+    assert abs(scores[0] - plain) > 1e-3 and abs(scores[0] - spelled) > 1e-3
+    (encoded,) = reward.encoder([USER], [answer("Fine.")], ["<|system|>"])
+    assert encoded.count(second) == 1
+    assert scores[:1] == pytest.approx(reward._score([encoded]), abs=1e-5)
+    # Without tokens, as in `gd2po eval`, the text is all there is.
+    assert reward([USER], [answer("Fine.")]) == pytest.approx([plain], abs=1e-5)
+
+
 def test_bfloat16_is_the_default(qwen2):
     reward = RewardModel(str(qwen2), self_check=False)
     exact = load(qwen2, self_check=False)

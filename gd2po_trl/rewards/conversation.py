@@ -169,11 +169,23 @@ class ConversationEncoder:
         longest_first = sorted({*specials, *tokenizer.all_special_tokens}, key=len, reverse=True)
         self._specials = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
 
-    def __call__(self, prompts: Sequence[str | Messages], completions: Sequence[str | Messages]) -> list[list[int]]:
-        """Token ids per conversation, not padded, at most `max_length` each; counts cut ones in `num_truncated`."""
+    def __call__(
+        self,
+        prompts: Sequence[str | Messages],
+        completions: Sequence[str | Messages],
+        endings: Sequence[str] | None = None,
+    ) -> list[list[int]]:
+        """
+        Token ids per conversation, not padded, at most `max_length` each; counts cut ones in `num_truncated`.
+        `endings` are texts to put after the completions as they are, special tokens included.
+        """
         if not prompts:
             return []
-        completions = [self._defuse(written_text(completion)) for completion in completions]
+        endings = [""] * len(prompts) if endings is None else endings
+        completions = [
+            self._defuse(written_text(completion)) + ending
+            for completion, ending in zip(completions, endings, strict=True)
+        ]
         if self.template == "chat":
             conversations = [
                 _as_messages(prompt, "user") + _as_messages(completion, "assistant")

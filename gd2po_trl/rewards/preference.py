@@ -56,6 +56,10 @@ class RewardModel:
         truncation_side (`str`, *optional*, defaults to `"left"`):
             Which end of a longer conversation is cut off. `"right"`, as the published GD²PO run has it, cuts the
             response.
+        input_tokenizer (`str`, *optional*):
+            Folder or Hub id of the policy, if responses are to be read as in the published runs: with the end token
+            that closed them, unless it is the tokenizer's `eos_token`. So a response of Qwen2.5-Instruct that ended in
+            `<|endoftext|>` keeps it. By default no end token is read, as TRL's text has none.
         batch_size (`int`, *optional*, defaults to `16`):
             Conversations per forward pass.
         batch_by_length (`bool`, *optional*, defaults to `True`):
@@ -95,6 +99,7 @@ class RewardModel:
         template: str | None = None,
         max_length: int = 2048,
         truncation_side: str = "left",
+        input_tokenizer: str | None = None,
         batch_size: int = 16,
         batch_by_length: bool = True,
         dtype: str = "bfloat16",
@@ -122,6 +127,7 @@ class RewardModel:
         published = published_direction(self.model, self.config)
         self.sign, self.higher_is = resolve_direction(published, sign, higher_is, self.model)
         tokenizer = read_tokenizer(self.model, revision)
+        self.policy_tokenizer = None if input_tokenizer is None else read_tokenizer(input_tokenizer)
         longest = getattr(self.config.get_text_config(), "max_position_embeddings", None) or max_length
         template = resolve_template(
             template, tokenizer, self.model, default="beaver" if is_safe_rlhf(self.config) else "chat"
@@ -168,12 +174,14 @@ class RewardModel:
         prompts: Sequence[str | Messages],
         completions: Sequence[str | Messages],
         full_prompt: Sequence[str | Messages] | None = None,
+        completion_ids: Sequence[Sequence[int]] | None = None,
         **columns: Any,
     ) -> list[float | None]:
         """
         Args:
             prompts (`Sequence[str | list[dict]]`): Plain or conversational prompts.
             completions (`Sequence[str | list[dict]]`): One per prompt.
+            completion_ids (`Sequence[list[int]]`, *optional*): The policy's tokens, which `input_tokenizer` reads.
             full_prompt (`Sequence[str | list[dict]]`, *optional*): Column with the prompts as they were before
                 `long_prompts: truncate_left` shortened them for the policy; read instead of `prompts`.
             **columns: Ignored.
@@ -183,7 +191,10 @@ class RewardModel:
         """
         self.load()
         already_cut = self.encoder.num_truncated
-        encoded = self.encoder(prompts if full_prompt is None else full_prompt, completions)
+        endings = None
+        if self.policy_tokenizer is not None and completion_ids is not None:
+            endings = [_ending(self.policy_tokenizer, ids) for ids in completion_ids]
+        encoded = self.encoder(prompts if full_prompt is None else full_prompt, completions, endings)
         if self.encoder.num_truncated > already_cut:
             logger.warning_once(
                 f"reward model {self.model!r} reads at most {self.encoder.max_length} tokens; of longer "
@@ -260,6 +271,12 @@ def trl_scores_another_token(model: str, config: Any) -> bool:
     last = tokenizer(tokenizer.apply_chat_template(chat, tokenize=False), add_special_tokens=False)["input_ids"][-1]
     trl_pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return (last == trl_pad) != (last == padding_token(config))
+
+
+def _ending(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The special token that closed a completion, if it is not the tokenizer's end token."""
+    last = tokenizer.added_tokens_decoder.get(int(ids[-1])) if len(ids) > 0 else None
+    return str(last) if last is not None and last.special and str(last) != tokenizer.eos_token else ""
 
 
 def finite_or(scores: Sequence[float | None], sign: int, nan: str, who: str) -> list[float | None]:
