@@ -20,8 +20,7 @@ from .packages import check_packages
 from .policy import check_model, load_tokenizer, model_init_kwargs, whole_model
 from .preflight import check_before_loading
 from .recipe import Recipe
-from .rewards import resolve_reward
-from .training import _check_reward_kwargs, load_datasets, one_clear_error
+from .training import _check_reward_kwargs, load_datasets, one_clear_error, resolve_rewards
 
 
 if TYPE_CHECKING:
@@ -104,7 +103,7 @@ def dry_run(recipe: Recipe, completions: str | None = None) -> str:
     from trl import GRPOTrainer
 
     arguments, training = recipe.arguments, recipe.training
-    rewards = [resolve_reward(label, arguments.reward_kwargs.get(label)) for label in arguments.reward_funcs]
+    rewards = resolve_rewards(recipe)
     _check_reward_kwargs(arguments)
     check_packages(training)
     checkpoint = checkpoint_to_resume(training.resume_from_checkpoint, training.output_dir)

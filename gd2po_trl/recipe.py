@@ -173,12 +173,15 @@ class Recipe:
             Policy, LoRA and quantisation.
         settings (`dict`):
             Every key that the recipe, its bases, the method and the command line set. No secrets.
+        path (`Path` or `None`, *optional*):
+            The file that it was read from.
     """
 
     arguments: Any
     training: Any
     model: Any
     settings: dict[str, Any]
+    path: Path | None = None
 
 
 def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:
@@ -200,7 +203,7 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
     """
     (arguments, training, model), settings = parse_recipe(path, overrides, _kinds(), "gd2po train")
     _check_weights(arguments, training)
-    return Recipe(arguments, training, model, settings)
+    return Recipe(arguments, training, model, settings, None if path is None else Path(path))
 
 
 def parse_recipe(
@@ -373,3 +376,5 @@ def _check_weights(arguments: Any, training: Any) -> None:
     for weight in weights:
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or weight != weight or abs(weight) > 1e30:
             raise UsageError(f"`reward_weights` holds {weight!r}; weights are finite numbers.")
+    if not any(weights):
+        raise UsageError(f"`reward_weights` is {weights}: with all weights 0 nothing is learned.")

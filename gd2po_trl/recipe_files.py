@@ -16,6 +16,9 @@ _EXPONENT_TAG = "tag:yaml.org,2002:float#exponent"
 # The fields that the key `method` presets. A layer that names a method leaves nothing behind of the one below.
 METHOD_FIELDS = ("multi_objective_aggregation", "conflict_filter", "consensus_weighting")
 
+# Mappings of labels to keyword arguments -> the key among these that says what takes them, by default the label.
+KINDS = {"reward_kwargs": "type", "eval_dataset": "name"}
+
 
 def read_recipe_file(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """
@@ -53,17 +56,18 @@ def merge_layers(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]
     The keys of `above` over those of `below`.
 
     Mappings merge key by key, everything else is replaced. Two things end what lies below: another `type` of a reward
-    drops the keyword arguments that stood under its label, and `method` the fields that it presets.
+    (`name` of an evaluation set) drops what stood under its label, and `method` the fields that it presets.
     """
     below, above = _with_mappings(below), _with_mappings(above)
     if "method" in above:
         below = {key: value for key, value in below.items() if key not in METHOD_FIELDS}
     merged = _merge(below, above)
-    for label, kwargs in _mapping(above.get("reward_kwargs")).items():
-        inherited = _mapping(below.get("reward_kwargs")).get(label)
-        if isinstance(kwargs, dict) and isinstance(inherited, dict) and "type" in kwargs:
-            if kwargs["type"] != inherited.get("type", label):
-                merged["reward_kwargs"][label] = kwargs
+    for key, kind in KINDS.items():
+        for label, kwargs in _mapping(above.get(key)).items():
+            inherited = _mapping(below.get(key)).get(label)
+            if isinstance(kwargs, dict) and isinstance(inherited, dict) and kind in kwargs:
+                if kwargs[kind] != inherited.get(kind, label):
+                    merged[key][label] = kwargs
     return merged
 
 
@@ -74,12 +78,12 @@ def dump_recipe(settings: dict[str, Any]) -> str:
 
 def _with_mappings(layer: dict[str, Any]) -> dict[str, Any]:
     """`layer` with the JSON texts among its values as mappings, as a command line has them."""
-    return {
-        key: as_mapping(key, value)
-        if key.endswith("_kwargs") and isinstance(value, str) and value.lstrip().startswith("{")
-        else value
-        for key, value in layer.items()
-    }
+
+    def is_json(key: str, value: Any) -> bool:
+        takes_mappings = key.endswith("_kwargs") or key == "eval_dataset"
+        return takes_mappings and isinstance(value, str) and value.lstrip().startswith("{")
+
+    return {key: as_mapping(key, value) if is_json(key, value) else value for key, value in layer.items()}
 
 
 def _mapping(value: Any) -> dict[str, Any]:

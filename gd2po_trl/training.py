@@ -49,13 +49,19 @@ def run_recipe(recipe: Recipe, *, callbacks: Sequence["TrainerCallback"] = ()) -
         [`UsageError`]: for a model, a reward, a data set, a column, a checkpoint or vLLM that is not there.
     """
     arguments, training = recipe.arguments, recipe.training
-    reward_funcs = [resolve_reward(label, arguments.reward_kwargs.get(label)) for label in arguments.reward_funcs]
+    reward_funcs = resolve_rewards(recipe)
     _check_reward_kwargs(arguments)
     check_packages(training)
     with prepared_output(recipe) as checkpoint:
         check_model(recipe)
         record = RunRecord(recipe, checkpoint)
         return _train(recipe, record, reward_funcs, callbacks)
+
+
+def resolve_rewards(recipe: Recipe) -> list[Any]:
+    """The rewards of a recipe, as [`resolve_reward`] gives them."""
+    kwargs, beside = recipe.arguments.reward_kwargs, None if recipe.path is None else recipe.path.parent
+    return [resolve_reward(label, kwargs.get(label), beside=beside) for label in recipe.arguments.reward_funcs]
 
 
 def _train(

@@ -4,7 +4,6 @@ import difflib
 import functools
 import inspect
 import re
-import sys
 import warnings
 from collections.abc import Callable
 from importlib import import_module
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from .user_code import build_reward, import_reward, one_line
 
 
 # Short name -> module and builder. A builder takes the keyword arguments of a recipe and returns a reward function.
@@ -28,10 +28,12 @@ BUILT_IN: dict[str, tuple[str, str]] = {
 # `check_data(dataset, what)` finds rows that it could not score. All three are called before or between the calls.
 OPTIONAL_METHODS = ("load", "unload", "check_data")
 
+# What others write: my_rewards.py:brevity, ./rewards/my_rewards.py, my_rewards:brevity.
+_FILE_AND_FUNCTION = re.compile(r"([\w./\\-]+?)(?:\.py(?::(\w+))?|:(\w+))")
 _DOTTED_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
 
-def resolve_reward(label: str, kwargs: dict[str, Any] | None = None) -> Callable | str:
+def resolve_reward(label: str, kwargs: dict[str, Any] | None = None, *, beside: Path | None = None) -> Callable | str:
     """
     The reward that a recipe calls `label`.
 
@@ -42,6 +44,8 @@ def resolve_reward(label: str, kwargs: dict[str, Any] | None = None) -> Callable
             Keyword arguments. `type` says what the label stands for, and defaults to the label itself: a built-in
             short name, the dotted path of a function or class, or the folder or Hub id of a sequence classifier with
             one label.
+        beside (`Path`, *optional*):
+            Folder of the recipe, for the message about a module that is not found.
 
     Returns:
         A reward function named `label`, or, for a sequence classifier, its id, which TRL loads.
@@ -60,7 +64,13 @@ def resolve_reward(label: str, kwargs: dict[str, Any] | None = None) -> Callable
         if "name" in inspect.signature(builder).parameters:
             # Reward models name themselves in their errors.
             kwargs.setdefault("name", label)
-        return _named(_build(builder, label, kwargs), label)
+        return _named(build_reward(builder, label, kwargs), label)
+    if match := _FILE_AND_FUNCTION.fullmatch(kind):
+        module = re.sub(r"[\\/]+", ".", match[1].removeprefix("./"))
+        raise UsageError(
+            f"The reward '{label}' is {kind}; name a function by the dotted path of its module: "
+            f"{module}.{match[2] or match[3] or 'NAME'}."
+        )
     is_folder = kind != "" and Path(kind).expanduser().is_dir()
     if is_folder or kind.count("/") == 1:
         if kwargs:
@@ -70,10 +80,12 @@ def resolve_reward(label: str, kwargs: dict[str, Any] | None = None) -> Callable
             )
         return _checked_classifier(str(Path(kind).expanduser()) if is_folder else kind, label)
     if _DOTTED_PATH.fullmatch(kind):
-        target = _import(kind, label)
+        target = import_reward(kind, label, beside)
         if inspect.isclass(target) or kwargs:
-            target = _build(target, label, kwargs)
+            target = build_reward(target, label, kwargs)
         return _named(target, label)
+    if Path(f"{kind}.py").is_file():
+        raise UsageError(f"The reward '{label}' is {kind}, a file here; name a function in it, such as {kind}.NAME.")
     close = difflib.get_close_matches(kind, BUILT_IN, n=1)
     raise UsageError(
         f"Unknown reward '{kind}'.{f' Did you mean {close[0]!r}?' if close else ''} A reward is one of "
@@ -105,51 +117,6 @@ def _checked_classifier(model: str, label: str) -> str:
     return model
 
 
-def _import(path: str, label: str) -> Any:
-    module_name, _, attribute = path.rpartition(".")
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        # As with `python -m`, a module beside the recipe can be named.
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        module = import_module(module_name)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # whatever the module does while it is imported, `exit()` included
-        kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
-        raise UsageError(
-            f"The reward '{label}' is {path}, and importing {module_name} failed: {kind}{_one_line(error)}."
-        ) from error
-    target = getattr(module, attribute, None)
-    if target is None:
-        raise UsageError(f"The reward '{label}' is {path}, but {module_name} has no `{attribute}`.")
-    if not callable(target):
-        raise UsageError(f"The reward '{label}' is {path}, which is not a function or class.")
-    return target
-
-
-def _build(target: Any, label: str, kwargs: dict[str, Any]) -> Callable:
-    """An instance of a class, or a function with its keyword arguments bound."""
-    try:
-        signature = inspect.signature(target)
-        signature.bind(**kwargs) if inspect.isclass(target) else signature.bind_partial(**kwargs)
-    except TypeError as error:
-        raise UsageError(f"The reward '{label}' does not take these keyword arguments: {error}.") from error
-    except ValueError:  # some builtins have no signature
-        pass
-    if not inspect.isclass(target):
-        return functools.partial(target, **kwargs)
-    try:
-        instance: Any = target(**kwargs)
-    except (UsageError, KeyboardInterrupt):
-        raise
-    except BaseException as error:  # whatever the class does
-        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise UsageError(f"The reward '{label}': {kind}{_one_line(error)}") from error
-    if not callable(instance):
-        raise UsageError(f"The reward '{label}' is a {target.__name__}, which has no `__call__` to score with.")
-    return instance
-
-
 def load_reward(reward_func: Any) -> None:
     """
     Have a reward load what it needs, if it has a method `load` for that, so that what is missing shows at once.
@@ -171,11 +138,7 @@ def load_reward(reward_func: Any) -> None:
         raise
     except Exception as error:
         kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
-        raise UsageError(f"The reward '{label}' cannot be loaded: {kind}{_one_line(error)}") from error
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or "it says nothing"
+        raise UsageError(f"The reward '{label}' cannot be loaded: {kind}{one_line(error)}") from error
 
 
 def _named(reward_func: Callable, label: str) -> Callable:

@@ -1,0 +1,175 @@
+"""Rewards of the user's own: found by a dotted path, with the keyword arguments that a recipe gives them."""
+
+import difflib
+import functools
+import inspect
+import sys
+import traceback
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ..errors import UsageError
+
+
+# What TRL itself passes to every reward function.
+TRL_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+
+
+def import_reward(path: str, label: str, beside: Path | None = None) -> Any:
+    """
+    The function or class at a dotted path, from the current folder or an installed package.
+
+    Args:
+        path (`str`):
+            Such as `"my_rewards.brevity"`.
+        label (`str`):
+            What the recipe calls the reward, for messages.
+        beside (`Path`, *optional*):
+            Folder of the recipe. A module there is not imported, but told from one that is nowhere.
+
+    Raises:
+        [`UsageError`]: if there is no such module or function, or if importing the module fails.
+    """
+    module_name, _, attribute = path.rpartition(".")
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        # As with `python -m`, a module in the current folder can be named.
+        sys.path.insert(0, str(Path.cwd()))
+    where = f"The reward '{label}' is {path}"
+    module = _import_module(path, module_name, where, beside)
+    try:
+        target = getattr(module, attribute)
+    except AttributeError:
+        names = _callables(module)
+        close = difflib.get_close_matches(attribute, names, n=1)
+        hint = f"Did you mean {module_name}.{close[0]}?" if close else f"It has: {', '.join(names) or 'no function'}."
+        raise UsageError(f"{where}, but {_file_of(module)} has no `{attribute}`. {hint}") from None
+    if not callable(target):
+        names = ", ".join(_callables(module)) or "none"
+        raise UsageError(f"{where}, which is not a function or class. Those of {_file_of(module)}: {names}.")
+    return target
+
+
+def build_reward(target: Any, label: str, kwargs: dict[str, Any]) -> Callable:
+    """
+    An instance of a class, or a function with its keyword arguments bound.
+
+    Raises:
+        [`UsageError`]: for an argument that `target` has no parameter for (`**kwargs`, which takes the columns of the
+            data, does not count), or one that it refuses.
+    """
+    _check_names(target, label, kwargs)
+    try:
+        signature = inspect.signature(target)
+        signature.bind(**kwargs) if inspect.isclass(target) else signature.bind_partial(**kwargs)
+    except TypeError as error:
+        raise UsageError(f"The reward '{label}' does not take these keyword arguments: {error}.") from error
+    except ValueError:  # some builtins have no signature
+        pass
+    if not inspect.isclass(target):
+        return functools.partial(target, **kwargs)
+    try:
+        instance: Any = target(**kwargs)
+    except (UsageError, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # whatever the class does
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise UsageError(f"The reward '{label}': {kind}{one_line(error)}") from error
+    if not callable(instance):
+        raise UsageError(f"The reward '{label}' is a {target.__name__}, which has no `__call__` to score with.")
+    return instance
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(error).split()) or "it says nothing"
+
+
+def _check_names(target: Any, label: str, kwargs: dict[str, Any]) -> None:
+    try:
+        parameters = inspect.signature(target).parameters.values()
+    except (TypeError, ValueError):  # some builtins have no signature
+        return
+    named = [
+        parameter.name
+        for parameter in parameters
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        and (inspect.isclass(target) or parameter.name not in TRL_ARGUMENTS)
+    ]
+    forwards = inspect.isclass(target) and any(item.kind is item.VAR_KEYWORD for item in parameters)
+    for name in kwargs:
+        close = difflib.get_close_matches(str(name), named, n=1)
+        # The `**kwargs` of a class may be handed on to another one; what is nearly a name of its own is a slip.
+        if name in named or (forwards and not close):
+            continue
+        hint = f" Did you mean `{close[0]}`?" if close else f" It takes: {', '.join(named) or 'none'}."
+        raise UsageError(f"The reward '{label}' takes no keyword argument `{name}`.{hint}")
+
+
+def _import_module(path: str, module_name: str, where: str, beside: Path | None) -> ModuleType:
+    missing = _missing_part(module_name)
+    if missing is not None:
+        raise UsageError(f"{where}, and there is no module {missing}. {_where_it_may_be(path, missing, beside)}")
+    try:
+        return import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise UsageError(f"{where}, and {module_name} imports {error.name}, which is not installed.") from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever the module does while it is imported, `exit()` included
+        reason = f"{type(error).__name__}: {one_line(error)}{_line_of(error)}"
+        raise UsageError(f"{where}, and importing {module_name} failed: {reason}.") from error
+
+
+def _missing_part(module_name: str) -> str | None:
+    """The first part of a module's dotted name that is not there."""
+    parts = module_name.split(".")
+    for count in range(1, len(parts) + 1):
+        name = ".".join(parts[:count])
+        try:
+            if find_spec(name) is None:
+                return name
+        except ModuleNotFoundError:
+            return name  # its parent is no package
+        except (Exception, SystemExit):
+            return None  # its parent's own code fails, which importing it says better
+    return None
+
+
+def _where_it_may_be(path: str, missing: str, beside: Path | None) -> str:
+    here, first = Path.cwd(), missing.split(".")[0]
+    looked = f"Modules are looked for in the current folder, {here}, and among the installed packages."
+    if beside is not None and beside.resolve() != here and (file := beside / f"{first}.py").is_file():
+        folder = beside.resolve()
+        inside = folder.relative_to(here).parts if folder.is_relative_to(here) else ()
+        as_path = ".".join((*inside, path)) if inside and all(part.isidentifier() for part in inside) else None
+        remedy = f"name it {as_path}, or run the command in {beside}" if as_path else f"run the command in {beside}"
+        return f"{file} lies beside the recipe: {remedy}. {looked}"
+    modules = sorted({file.stem for file in here.glob("*.py")} | {file.parent.name for file in here.glob("*/*.py")})
+    close = difflib.get_close_matches(first, modules, n=1)
+    hint = f"Did you mean {'.'.join((close[0], *path.split('.')[1:]))}? " if close else ""
+    return f"{hint}{looked}"
+
+
+def _callables(module: ModuleType) -> list[str]:
+    """Names of the functions and classes that a module defines itself."""
+    return sorted(
+        name
+        for name, value in vars(module).items()
+        if callable(value) and not name.startswith("_") and getattr(value, "__module__", None) == module.__name__
+    )
+
+
+def _file_of(module: ModuleType) -> str:
+    return getattr(module, "__file__", None) or module.__name__
+
+
+def _line_of(error: BaseException) -> str:
+    """Where in the user's own code it happened."""
+    if isinstance(error, SyntaxError):
+        return ""  # says so itself
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
+    return f" ({frames[-1].filename}, line {frames[-1].lineno})" if len(frames) > 1 else ""
