@@ -1,0 +1,67 @@
+"""The warning about a reward that falls while the filter drops what would raise it."""
+
+import math
+import random
+
+import pytest
+import torch
+
+from gd2po_trl import compute_advantages
+from gd2po_trl.collapse import STEEPNESS, WINDOW, CollapseWatch, collapse_statistics, falls
+
+
+NAMES = ["correctness", "length"]
+# Mean correctness of the batches of a quickstart run in which Hard unlearned it (`max_words` 24 of 36 tokens, seed 1).
+COLLAPSED = """
+    0.24 0.18 0.25 -0.85 -0.39 0.16 0.43 -0.88 -2.11 -1.96 -1.03 0.19 0.07 -0.11 -0.54 -0.87 -1.25 -1.82 -1.67 -1.14
+    -1.11 -1.11 -2.24 -2.64 -2.91 -2.97 -3.00 -3.00 -2.92 -2.95 -2.74 -2.53 -2.53 -2.82 -2.93 -2.97 -2.92 -2.91 -2.96
+"""
+
+
+def feed(watch, means, dropped=0.7, raising=100.0, other=0.5):
+    """Warnings for `means` of the first reward, by batch."""
+    batches = [[[mean, other], [raising, raising], [raising * dropped, 0.0]] for mean in means]
+    return {index: text for index, batch in enumerate(batches) if (text := watch.update(batch))}
+
+
+def test_a_collapse_is_noticed_once_and_names_the_reward():
+    warnings = feed(CollapseWatch(NAMES), [float(value) for value in COLLAPSED.split()])
+    assert len(warnings) == 1
+    ((batch, text),) = warnings.items()
+    assert WINDOW - 1 <= batch < 30
+    assert "'correctness'" in text and "70%" in text and "conflict_filter" in text and "update_share" in text
+
+
+def test_nothing_is_said_while_the_rollouts_that_raise_it_are_kept():
+    assert not feed(CollapseWatch(NAMES), [-float(index) for index in range(40)], dropped=0.5)
+    assert not feed(CollapseWatch(NAMES), [-float(index) for index in range(40)], raising=0.0)
+
+
+def test_nothing_is_said_about_a_reward_that_rises_or_stays():
+    assert not feed(CollapseWatch(NAMES), [float(index) for index in range(40)])
+    assert not feed(CollapseWatch(NAMES), [0.1] * 40)
+    assert not feed(CollapseWatch(NAMES), [math.nan] * 40)
+
+
+def test_chance_is_seldom_taken_for_a_fall():
+    draw = random.Random(0)
+    found = sum(falls([draw.gauss(0, 1) for _ in range(WINDOW)]) for _ in range(5000))
+    assert found < 10  # 1 of 2,500 in expectation
+
+
+def test_a_fall_as_steep_as_its_noise_allows():
+    draw = random.Random(0)
+    assert falls([-0.3 * index + draw.gauss(0, 1) for index in range(WINDOW)])
+    assert falls([-1e-3 * index for index in range(WINDOW)])
+    assert not falls([1e6 + 1e-6 * (-index) for index in range(WINDOW)])
+    assert STEEPNESS > 3
+
+
+def test_statistics_of_a_batch():
+    rewards = torch.tensor([[3.0, 0.0], [1.0, 1.0], [0.0, 0.0], [0.0, math.nan]])
+    breakdown = compute_advantages(rewards, 4, reward_weights=[1.0, -1.0])
+    means, raising, dropped = collapse_statistics(rewards, breakdown, torch.tensor([1.0, -1.0])).tolist()
+    assert means == pytest.approx([1.0, -1 / 3])
+    # A negative weight: the second reward is raised, as it is meant, by rollouts 0 and 2, of which 2 is dropped.
+    assert raising == [1.0, 2.0]
+    assert dropped == [0.0, 1.0]
