@@ -75,8 +75,34 @@ def as_dict(interval: Interval) -> dict[str, float]:
 
 
 def markdown(document: dict) -> str:
-    """The tables of `bandit.json`."""
-    return "\n".join(table(experiment) for experiment in document["experiments"])
+    """The tables of `bandit.json`, and one overview of all whose titles begin alike, up to a colon."""
+    families: dict[str, list[dict]] = {}
+    for experiment in document["experiments"]:
+        family, colon, _ = experiment["title"].partition(": ")
+        if colon:
+            families.setdefault(family, []).append(experiment)
+    overviews = [overview(family, members) for family, members in families.items()]
+    return "\n".join([*(table(experiment) for experiment in document["experiments"]), *overviews])
+
+
+def overview(family: str, experiments: list[dict]) -> str:
+    """Differences to the baseline in total and worst reward, one column per experiment."""
+    titles = [experiment["title"].removeprefix(f"{family}: ") for experiment in experiments]
+    lines = [f"**{family}: Δ total / Δ worst**", "", "| method | " + " | ".join(titles) + " |"]
+    lines.append("| --- " * (len(titles) + 1) + "|")
+    for entry in experiments[0]["methods"]:
+        cells = [entry["method"]]
+        for experiment in experiments:
+            own = next(other for other in experiment["methods"] if other["method"] == entry["method"])
+            tests = own.get("against_baseline")
+            values = [own["total"]["mean"], own["worst"]["mean"]]
+            cells.append(
+                " / ".join(f"{tests[key]['mean']:+.3f}{star(tests[key])}" for key in ("total", "worst"))
+                if tests
+                else f"{values[0]:.2f} / {values[1]:.2f}"
+            )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def table(experiment: dict) -> str:
@@ -106,5 +132,8 @@ def difference(test: dict | None) -> str:
     """A paired difference with its interval; a star where Holm's correction leaves p < 0.05."""
     if test is None:
         return "–"
-    star = "\\*" if test["p_holm"] < 0.05 else ""
-    return f"{test['mean']:+.3f}{star} [{test['low']:+.3f}, {test['high']:+.3f}]"
+    return f"{test['mean']:+.3f}{star(test)} [{test['low']:+.3f}, {test['high']:+.3f}]"
+
+
+def star(test: dict) -> str:
+    return "\\*" if test["p_holm"] < 0.05 else ""

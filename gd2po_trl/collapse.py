@@ -33,13 +33,13 @@ def collapse_statistics(
             Weights; a reward of negative weight is meant to fall, and one of weight 0 is nobody's aim.
 
     Returns:
-        `torch.Tensor` of shape `(3, K)`: mean of each reward, its sign turned where the weight is negative (NaN where
-        nothing was scored), the rollouts that would raise it, and those of them that the filter dropped.
+        `torch.Tensor` of shape `(3, K)`, float32: mean of each reward, its sign turned where the weight is negative
+        (NaN where nothing was scored), the rollouts that would raise it, and those of them that the filter dropped.
     """
     raising = breakdown.per_reward > SIGN_EPS
     dropped = raising & ~breakdown.kept.unsqueeze(1)
     means = rewards.nanmean(0) * reward_weights.sign()
-    return torch.stack([means.double(), raising.sum(0).double(), dropped.sum(0).double()])
+    return torch.stack([means.float(), raising.sum(0).float(), dropped.sum(0).float()])
 
 
 class CollapseWatch:

@@ -13,7 +13,9 @@ from .advantages import (
     WHITENINGS,
     check_choice,
     check_snr_threshold,
+    check_update_share,
 )
+from .update.budget import refuse_update_share
 from .update.rows import LOSS_DENOMINATORS
 
 
@@ -69,6 +71,11 @@ class GD2POConfig(GRPOConfig):
         whitening_shift_mean (`bool`, *optional*, defaults to `True`):
             Whether whitening also subtracts the mean. It gives rollouts of groups without signal a small non-zero
             advantage; `False` only scales, by the spread about 0.
+        update_share (`float`, *optional*, defaults to `1.0`):
+            Share of the rollouts of a generation batch to train, in (0, 1]. Below 1, rollouts are drawn with
+            probability proportional to |advantage| and weighted so that the expected gradient stays the same (see
+            [`subsample_advantages`]); its variance grows. Cannot be combined with `beta`, an entropy bonus,
+            `top_entropy_quantile` or the auxiliary loss of a mixture of experts.
         skip_zero_advantage_rows (`bool`, *optional*, defaults to `True`):
             Whether rollouts with advantage 0 are left out of the forward and backward pass. The gradient is the same
             (with dropout, for other random masks). Metrics of the update (`entropy`, `clip_ratio/*`) then cover the
@@ -125,6 +132,13 @@ class GD2POConfig(GRPOConfig):
     whitening_shift_mean: bool = field(
         default=True, metadata={"help": "Whether whitening subtracts the mean, or only scales."}
     )
+    update_share: float = field(
+        default=1.0,
+        metadata={
+            "help": "Share of the rollouts to train, in (0, 1]. Below 1 they are drawn in proportion to |advantage| "
+            "and weighted so that the expected gradient stays the same."
+        },
+    )
     skip_zero_advantage_rows: bool = field(
         default=True,
         metadata={"help": "Whether rollouts with advantage 0 are left out of the forward and backward pass."},
@@ -156,6 +170,7 @@ class GD2POConfig(GRPOConfig):
         check_choice("consensus_weighting", self.consensus_weighting, CONSENSUS_WEIGHTINGS)
         check_choice("whitening", self.whitening, WHITENINGS)
         check_snr_threshold(self.snr_threshold)
+        check_update_share(self.update_share)
         check_choice(
             "multi_objective_aggregation",
             self.multi_objective_aggregation,
@@ -198,6 +213,7 @@ class GD2POConfig(GRPOConfig):
             raise ValueError(f"`learning_rate` is {self.learning_rate!r}; it must not be negative.")
         super().__post_init__()
         check_choice("scale_rewards", self.scale_rewards, SCALE_REWARDS)
+        refuse_update_share(self)
 
     @classmethod
     def from_grpo_config(cls, config: GRPOConfig) -> "GD2POConfig":
@@ -216,12 +232,18 @@ class GD2POConfig(GRPOConfig):
         def changed(name: str) -> bool:
             return getattr(self, name) != defaults[name]
 
+        messages = []
+        if self.update_share < 1 and not self.skip_zero_advantage_rows:
+            messages.append(
+                f"`update_share={self.update_share}` saves nothing with `skip_zero_advantage_rows=False`: rollouts "
+                "that are not drawn are run all the same."
+            )
         if self.multi_objective_aggregation == "sum_then_normalize":
             return [
+                *messages,
                 "`multi_objective_aggregation='sum_then_normalize'` trains on TRL's own GRPO advantages: "
-                "`conflict_filter`, `snr_threshold`, `consensus_weighting` and `whitening` do not apply."
+                "`conflict_filter`, `snr_threshold`, `consensus_weighting` and `whitening` do not apply.",
             ]
-        messages = []
         if self.conflict_filter != "snr" and changed("snr_threshold"):
             messages.append(
                 f"`snr_threshold={self.snr_threshold}` has no effect with `conflict_filter={self.conflict_filter!r}`."

@@ -13,6 +13,7 @@ from torch import nn
 from trl import GRPOConfig, GRPOTrainer
 
 from .advantages import AdvantageBreakdown, compute_advantages
+from .collapse import CollapseWatch, collapse_statistics
 from .completions_table import fill_missing_columns
 from .datasets.prompts import opened_thoughts
 from .diagnostics import conflict_metrics, nothing_learned
@@ -20,6 +21,7 @@ from .gd2po_config import METHODS, GD2POConfig
 from .preflight import check_before_loading, check_reward_names, check_trainable
 from .rewards.guard import RewardError, RewardGuard
 from .trl_workarounds import PatchedGRPOTrainer
+from .update.budget import UpdateBudget, budget_metrics, refuse_update_share, trainable_advantages
 from .update.rows import loss_mask
 from .update.runner import Update
 from .validation import Validation
@@ -120,6 +122,10 @@ class GD2POTrainer(PatchedGRPOTrainer):
         ]
         self._captured_rewards: torch.Tensor | None = None
         self._batches_without_gradient = 0
+        if args.update_share < 1:
+            refuse_update_share(args, has_auxiliary_loss=self.aux_loss_enabled)
+            self.add_callback(UpdateBudget())
+        self._collapse_watch = CollapseWatch(self.reward_func_names)
         self._update = Update(self, super()._get_per_token_logps_and_entropies)
 
     # Advantages
@@ -172,7 +178,27 @@ class GD2POTrainer(PatchedGRPOTrainer):
             start = self.accelerator.process_index * local.size(0)
             output["advantages"] = breakdown.advantages[start : start + local.size(0)].to(local.dtype)
         self._log_breakdown(mode, rewards, breakdown, token_counts, num_generations, is_decoupled)
+        if mode == "train" and self.args.update_share < 1:
+            self._draw_rollouts(output)
         return output
+
+    def _draw_rollouts(self, output: dict[str, Any]) -> None:
+        """Keep the advantages of about `update_share` of the generation batch, weighted, and set the others to 0."""
+        advantages = gather(trainable_advantages(output, self.loss_type))
+        # Looked up each time: transformers may replace callbacks when it resumes a run.
+        (budget,) = (callback for callback in self.callback_handler.callbacks if isinstance(callback, UpdateBudget))
+        drawn = budget.draw(advantages, self.args.update_share, self.args.seed)
+        start, size = self.accelerator.process_index * len(output["advantages"]), len(output["advantages"])
+        output["advantages"] = drawn[start : start + size]
+        self._replace_logged_advantages(drawn)
+        for name, value in budget_metrics(advantages, drawn).items():
+            self._metrics["train"][f"gd2po/{name}"].append(value)
+
+    def _replace_logged_advantages(self, advantages: torch.Tensor) -> None:
+        logged = self._logs["advantages"]
+        for _ in range(min(len(logged), len(advantages))):
+            logged.pop()
+        logged.extend(advantages.tolist())
 
     def _log_breakdown(
         self,
@@ -188,9 +214,10 @@ class GD2POTrainer(PatchedGRPOTrainer):
         )
         metrics["has_gradient"] = (breakdown.advantages != 0).any()
         metrics["masked_ratio"] = (token_counts == 0).float().mean()
-        names, values = list(metrics), torch.stack([value.float() for value in metrics.values()])
+        signs = collapse_statistics(rewards, breakdown, self.reward_weights.to(rewards.device))
         # The only wait for the device: all numbers in one copy.
-        values = dict(zip(names, values.tolist(), strict=True))
+        numbers = torch.cat([torch.stack([value.float() for value in metrics.values()]), signs.flatten()]).tolist()
+        values, signs = dict(zip(metrics, numbers, strict=False)), numbers[len(metrics) :]
         has_gradient, masked_ratio = values.pop("has_gradient") > 0, values.pop("masked_ratio")
         for name, value in values.items():
             if not math.isnan(value):  # nothing to average, such as the agreement of conflicting rollouts without any
@@ -198,12 +225,12 @@ class GD2POTrainer(PatchedGRPOTrainer):
 
         if is_decoupled:
             self._metrics[mode]["frac_reward_zero_std"][-1] = values["frac_groups_without_signal"]
-            logged = self._logs["advantages"]
-            for _ in range(min(len(logged), len(rewards))):
-                logged.pop()
-            logged.extend(breakdown.advantages.tolist())
+            self._replace_logged_advantages(breakdown.advantages)
             if mode == "train":
                 self._warn_if_nothing_is_learned(has_gradient, values["conflict_ratio"], masked_ratio)
+                warning = self._collapse_watch.update(torch.tensor(signs).view(3, -1).tolist())
+                if warning:
+                    logger.warning(warning)
         for column in ("kept", "conflict", "agreement"):
             self._logs["extra"][f"gd2po_{column}"].extend(getattr(breakdown, column).tolist())
 

@@ -112,6 +112,13 @@ def test_training_improves_every_method_and_is_reported():
         {"experiments": [{"title": "t", "methods": entries, "learning_rate_per_method": True, "show_each": True}]}
     )
     assert f"{difference:+.3f}" in table
+    families = [
+        {"title": f"t: {name}", "methods": entries, "learning_rate_per_method": False, "show_each": False}
+        for name in "ab"
+    ]
+    overview = markdown({"experiments": families}).split("**t: Δ total / Δ worst**")[1]
+    assert "| method | a | b |" in overview
+    assert overview.count(f"{difference:+.3f}") == 2
 
 
 def test_baseline_at_an_equal_number_of_updates():

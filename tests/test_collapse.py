@@ -5,8 +5,9 @@ import random
 
 import pytest
 import torch
+from tiny import letters_dataset, low_bytes, tiny_args
 
-from gd2po_trl import compute_advantages
+from gd2po_trl import GD2POTrainer, compute_advantages
 from gd2po_trl.collapse import STEEPNESS, WINDOW, CollapseWatch, collapse_statistics, falls
 
 
@@ -65,3 +66,24 @@ def test_statistics_of_a_batch():
     # A negative weight: the second reward is raised, as it is meant, by rollouts 0 and 2, of which 2 is dropped.
     assert raising == [1.0, 2.0]
     assert dropped == [0.0, 1.0]
+
+
+def test_the_trainer_warns_once(tiny_policy, tmp_path, caplog):
+    """Of two rewards that always disagree, one falls from step to step; all that would raise it is dropped."""
+
+    def falling(completions, trainer_state, **kwargs):
+        return [low - trainer_state.global_step for low in low_bytes(completions)]
+
+    def opposed(completions, **kwargs):
+        return [-low for low in low_bytes(completions)]
+
+    def warnings(conflict_filter):
+        caplog.clear()
+        args = tiny_args(tmp_path, max_steps=8, conflict_filter=conflict_filter)
+        trainer = GD2POTrainer(str(tiny_policy), [falling, opposed], args, train_dataset=letters_dataset())
+        trainer._collapse_watch = CollapseWatch(trainer.reward_func_names, window=4)
+        trainer.train()
+        return [record.message for record in caplog.records if "were dropped because" in record.message]
+
+    assert len(warnings("hard")) == 1 and "'falling'" in caplog.text
+    assert not warnings(None)

@@ -14,11 +14,12 @@ from gd2po_trl import GD2POTrainer
 GLOBAL_BATCH = 24
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 RANK = int(os.environ.get("RANK", 0))
-# Each of two processes holds 12 of 24 rollouts, so that a group of 8 is split between them.
+# Each of two processes holds 12 of 24 rollouts, so that a group of 8 is split between them; of three, 8.
 CONFIGURATIONS = {
     "groups_of_4": {"num_generations": 4},
     "groups_of_8": {"num_generations": 8},
     "groups_of_8_all_rows": {"num_generations": 8, "skip_zero_advantage_rows": False},
+    "budget": {"num_generations": 8, "conflict_filter": None, "update_share": 0.4},
 }
 
 
@@ -77,8 +78,10 @@ if __name__ == "__main__":
     parser.add_argument("policy")
     parser.add_argument("output", type=Path)
     parser.add_argument("--fail", action="store_true")
+    parser.add_argument("--only", choices=list(CONFIGURATIONS))
     arguments = parser.parse_args()
     if arguments.fail:
         run(arguments.policy, arguments.output, [fails_on_rank_1, spread_bytes], ScriptedRollouts(), num_generations=4)
-    for name, overrides in CONFIGURATIONS.items():
-        run(arguments.policy, arguments.output / name, [low_bytes, spread_bytes], ScriptedRollouts(), **overrides)
+    for name in [arguments.only] if arguments.only else CONFIGURATIONS:
+        rewards, overrides = [low_bytes, spread_bytes], CONFIGURATIONS[name]
+        run(arguments.policy, arguments.output / name, rewards, ScriptedRollouts(), **overrides)
