@@ -24,6 +24,7 @@ PUBLIC: dict[str, tuple[str, ...]] = {
     "gd2po_trl.recipe": ("load_recipe", "Recipe", "RecipeArguments", "DatasetArguments"),
     "gd2po_trl.training": ("run_recipe",),
     "gd2po_trl.sft": ("load_sft_recipe", "run_sft"),
+    "gd2po_trl.progress": ("RewardProgress",),
     "gd2po_trl.rewards": ("resolve_reward",),
     "gd2po_trl.rewards.tool_calling": ("Correctness", "Format", "Length", "correctness", "format", "length"),
     "gd2po_trl.rewards.preference": ("RewardModel",),
@@ -35,6 +36,7 @@ PUBLIC: dict[str, tuple[str, ...]] = {
     "gd2po_trl.evaluation.safe_alignment": ("load_rows", "resolve_rewards", "compute_scores", "summarize"),
     "gd2po_trl.analysis": ("analyze", "analyze_rewards", "Report", "VerdictCallback"),
     "gd2po_trl.analysis.diagnosis": ("Finding", "Recommendation"),
+    "gd2po_trl.comparison": ("compare",),
     "gd2po_trl.checkpoints": ("checkpoint_to_resume", "find_damage"),
     "gd2po_trl.errors": ("UsageError",),
 }

@@ -66,8 +66,8 @@ def conflict_metrics(
         - `conflict_agreement`: mean of |agreement| over the conflicting rollouts
         - `conflict_agreement/signed_mean`, `conflict_agreement/median`: mean and lower median of the agreement itself
         - `true_conflict_ratio/of_conflicts`: share of the conflicting rollouts whose conflict is true
-        - `cancellation`: `1 - sum |sum_k A| / sum |A|`, the share of the rewards' push that cancels out
-        - `frac_groups_without_signal`: share of groups in which no reward tells the rollouts apart
+        - `cancellation`: `1 - sum |sum_k A| / sum |A|`, the share of the normalized advantages that cancels
+        - `frac_groups_without_signal`: share of groups in which every reward has zero standard deviation
         - `conflict_ratio/<a>_vs_<b>` for every pair of rewards
     """
     scored = ~torch.isnan(rewards).all(1)

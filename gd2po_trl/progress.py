@@ -70,7 +70,7 @@ class RewardProgress(ProgressCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self._started, self._first_step = time.monotonic(), state.global_step
         self._samples_shown = _part_of(state)
-        if state.is_world_process_zero and self.console.is_terminal and not self.console.is_jupyter:
+        if state.is_world_process_zero and self.console.is_terminal:
             self._show_bar(state)
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -138,7 +138,7 @@ class RewardProgress(ProgressCallback):
 
     def _time_left(self, state: Any) -> list[str]:
         done = state.global_step - self._first_step
-        if self.console.is_jupyter or not 0 < done < state.max_steps - self._first_step:
+        if not 0 < done < state.max_steps - self._first_step:
             return []
         seconds = (time.monotonic() - self._started) / done * (state.max_steps - state.global_step)
         return [f"{duration(seconds)} left"]

@@ -10,6 +10,15 @@ from typing import Any
 from .errors import UsageError
 
 
+# Types as a user of YAML calls them.
+TYPE_NAMES = {
+    list: "a list",
+    dict: "a mapping",
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+}
 # What null means for keys whose field takes none. `max_grad_norm: null` asks for no clipping, not for the default.
 NULL_MEANS = {"max_grad_norm": 0.0, "report_to": "none"}
 # Words for null in text: of YAML and JSON, of the command line, and of Python.
@@ -144,7 +153,7 @@ def check_value(key: str, value: Any, hint: Any, default: Any, source: str) -> N
         or not accepted <= {str, int, float, bool, list, dict, type(None)}
     ):
         return
-    names = " or ".join(sorted(kind.__name__ for kind in accepted if kind is not type(None)))
+    names = " or ".join(sorted(TYPE_NAMES.get(kind, kind.__name__) for kind in accepted if kind is not type(None)))
     raise UsageError(f"`{key}` in {source} is {value!r} ({type(value).__name__}); it must be {names}.")
 
 

@@ -15,10 +15,14 @@ if TYPE_CHECKING:
 
 
 def make_console(**options) -> "Console":
-    """A console for text that may come from a model: nothing in it is markup, an emoji code or a number to color."""
+    """
+    A console for text that may come from a model: nothing in it is markup, an emoji code or a number to color.
+
+    In a notebook it prints plain text.
+    """
     from rich.console import Console
 
-    return Console(markup=False, emoji=False, highlight=False, **options)
+    return Console(markup=False, emoji=False, highlight=False, force_jupyter=False, **options)
 
 
 def make_table(

@@ -28,6 +28,15 @@ TINY = {
     "05_do_my_rewards_conflict": "WARMUP_STEPS = 2\nTRAINING |= {'max_steps': 2, 'per_device_train_batch_size': 16}",
     "06_gpu_benchmark": "PARTS = ['advantages']",
 }
+# With a fourth reward, which gets a panel of its own before that of the conflicts.
+FOURTH = {
+    "01_quickstart": "rewards.append(resolve_reward('brevity', {'type': 'length', 'max_words': 3}))\n"
+    "names = [reward.__name__ for reward in rewards]",
+    "03_tool_calling_lora": "OVERRIDES |= {'reward_funcs': ['correctness', 'format', 'length', 'brevity']}\n"
+    "OVERRIDES['reward_kwargs']['brevity'] = {'type': 'length', 'max_words': 3}",
+}
+PANELS = """titles = [axis.get_title() for axis in figure.axes]
+assert titles == [*(f"{name} (mean)" for name in names), "share of rollouts"] and len(names) == 4, titles"""
 ABSOLUTE_PATH = re.compile(r"(?<![\w./:])/(home|root|tmp|work|usr|opt|mnt|private|var|Users|content)/|\b[A-Z]:\\\\")
 ON_CPU = {"use_cpu": True, "bf16": False}
 IMAGE_BYTES, OUTPUT_BYTES, NOTEBOOK_BYTES = 60_000, 20_000, 300_000
@@ -58,6 +67,14 @@ def test_every_notebook_is_tested_and_listed():
 def test_runs_from_top_to_bottom(path, tmp_path):
     notebook = read(path)
     notebook.cells.insert(settings_cell(notebook) + 1, nbformat.v4.new_code_cell(TINY[path.stem]))
+    if path.stem in FOURTH:
+        place = [
+            i
+            for i, cell in enumerate(notebook.cells)
+            if "resolve_reward(" in cell.source or "OVERRIDES" in cell.source
+        ]
+        notebook.cells.insert(place[0] + 1, nbformat.v4.new_code_cell(FOURTH[path.stem]))
+        notebook.cells.append(nbformat.v4.new_code_cell(PANELS))
     NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(tmp_path)}}).execute()
     shown = [output for output in outputs_of(notebook) if output.output_type != "stream" or output.name != "stderr"]
     assert not any(output.output_type == "error" for output in shown)

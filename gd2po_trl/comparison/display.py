@@ -58,7 +58,7 @@ class Display:
 
     def watch(self, progress: Progress) -> None:
         """Show how far the runs are."""
-        if not self.console.is_terminal or self.console.is_jupyter:
+        if not self.console.is_terminal:
             return
         if self._live is None:
             from rich.live import Live
