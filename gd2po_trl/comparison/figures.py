@@ -16,12 +16,18 @@ from .statistics import mean_interval
 COLOURS = ["#6b7785", "#0a6ebd", "#d1570c", "#2f9e5b", "#a3369c", "#b8860b", "#4b5fc0", "#c2255c"]
 LINES = ["-", "--", ":", "-."]
 POINTS = 60
+# Fewer finished runs than this are drawn one by one.
+SEEDS_OF_A_BAND = 4
+# Longest title in the usual size of its font.
+TITLE_LENGTH = 26
 
 
 def draw_curves(results: Results, weights: dict[str, float], path: Path) -> None:
-    """Every quantity over steps, trained tokens and time: mean over the seeds with its 95 % interval, as a PNG.
+    """
+    Every quantity over steps, trained tokens and time, as a PNG: the mean over the seeds with its 95 % interval.
 
-    The y axes cover the single runs; an interval may reach beyond.
+    The y axes cover the single runs; an interval may reach beyond. Of few seeds, whose intervals would hide the
+    curves, the single runs are shown instead.
     """
     names = results.quantities
     figure = _figure(3.4 * len(names), 3.0 * len(AXES))
@@ -44,16 +50,19 @@ def draw_curves(results: Results, weights: dict[str, float], path: Path) -> None
                 seen += [heights.min(), heights.max()]
                 intervals = [mean_interval(heights[:, point].tolist()) for point in range(POINTS)]
                 _line(panel, grid, [i.mean for i in intervals], index, _legend(results, variant.name))
-                low, high = ([getattr(i, side) for i in intervals] for side in ("low", "high"))
-                panel.fill_between(grid, low, high, color=COLOURS[index % len(COLOURS)], alpha=0.15, linewidth=0)
-            # Of few seeds the intervals are so wide that they would hide the curves.
+                colour = COLOURS[index % len(COLOURS)]
+                if len(finished) < SEEDS_OF_A_BAND:
+                    panel.plot(grid, heights.T, color=colour, alpha=0.35, linewidth=0.7)
+                else:
+                    low, high = ([getattr(i, side) for i in intervals] for side in ("low", "high"))
+                    panel.fill_between(grid, low, high, color=colour, alpha=0.15, linewidth=0)
             low, high = min(seen), max(seen)
             panel.set_ylim(low - 0.05 * (high - low or 1), high + 0.05 * (high - low or 1))
-            _count_axis(panel)
+            _count_axis(panel, results.budgets[axis])
             panel.set_xlabel(meaning.split(" (")[0])
             if row == 0:
-                panel.set_title(name)
-    panels[0, 0].legend(fontsize=7, frameon=False)
+                panel.set_title(name, fontsize=min(12.0, 12 * TITLE_LENGTH / len(name)))
+    _legend_above(figure, panels[0, 0], 3.4 * len(names))
     figure.savefig(path)
 
 
@@ -85,11 +94,11 @@ def draw_trade_off(results: Results, path: Path) -> None:
                 label=_legend(results, variant.name),
             )
     balance.set_xlabel("worst normalised reward at the end")
-    _count_axis(cost)
+    _count_axis(cost, cost.get_xlim()[1])
     cost.set_xlabel("trained tokens of the whole run")
     for panel in (balance, cost):
         panel.set_ylabel("sum of normalised rewards at the end")
-    balance.legend(fontsize=8, frameon=False)
+    _legend_above(figure, balance, 11)
     figure.savefig(path)
 
 
@@ -99,10 +108,18 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _count_axis(panel) -> None:
+def _count_axis(panel, largest: float) -> None:
     """Few ticks, and thousands as k, so that long numbers do not run into each other."""
     panel.xaxis.set_major_locator(MaxNLocator(5))
-    panel.xaxis.set_major_formatter(EngFormatter(sep=""))
+    if largest >= 1000:
+        panel.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+def _legend_above(figure: Figure, panel, width: float) -> None:
+    """One legend above all panels, in as many columns as the figure is wide enough for."""
+    handles, labels = panel.get_legend_handles_labels()
+    columns = max(1, int(width * 10 / (max(map(len, labels), default=1) + 6)))
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(columns, len(labels) or 1), frameon=False)
 
 
 def _line(panel, x: np.ndarray, y: list[float], index: int, label: str) -> None:
