@@ -370,7 +370,7 @@ def test_wrong_options_are_named(qwen2, options, message):
 
 def test_quantised_loading_without_bitsandbytes(qwen2, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"pip install gd2po-trl\[quantization\]"):
+    with pytest.raises(UsageError, match="pip install bitsandbytes"):
         RewardModel(str(qwen2), load_in_4bit=True)
 
 

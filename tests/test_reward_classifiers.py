@@ -1,5 +1,6 @@
 """Sequence classifiers as rewards: which models a label may name, and where a padded row ends."""
 
+import json
 from contextlib import nullcontext
 
 import pytest
@@ -138,3 +139,72 @@ def test_padding_changes_no_score_of_other_architectures(model_class, config_pad
         ids = [tokenizer(f"hello {text}<|end|>", return_tensors="pt") for text in completions]
         alone = [model(input_ids=one["input_ids"]).logits.item() for one in ids]
     assert reward(["hello"] * 3, completions) == pytest.approx(alone, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": None}, "model=None"),
+        ({"batch_size": "8"}, "batch_size='8'"),
+        ({"batch_size": 2.5}, "batch_size=2.5"),
+        ({"max_length": None}, "max_length=None"),
+        ({"template": 5}, "template=5"),
+        ({"offload": "yes"}, "offload='yes'"),
+        ({"self_check": 0}, "self_check=0"),
+        ({"device": "gpu"}, "device='gpu'"),
+    ],
+)
+def test_an_option_of_the_wrong_kind_is_named(tiny_reward_model, options, message):
+    with pytest.raises(UsageError, match=message):
+        RewardModel(**{"model": str(tiny_reward_model), **options})
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"vocab_size": 500}, "other sizes"),
+        ({"hidden_size": 32}, "other sizes"),
+        ({"pad_token_id": [1]}, "cannot be read"),
+    ],
+)
+def test_a_config_that_does_not_fit_its_weights(tmp_path, config, message):
+    folder = save_classifier(tmp_path)
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | config))
+    with pytest.raises(UsageError, match=message):
+        RewardModel(str(folder), dtype="float32").load()
+
+
+@pytest.mark.parametrize(
+    "template", ["{% if %}", "{{ raise_exception('no') }}", "{{ messages[0]['content'] + 5 }}", "{{ 1 / 0 }}"]
+)
+def test_a_chat_template_that_fails_is_found_at_once(tmp_path, template):
+    folder = save_classifier(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    for build in (lambda: RewardModel(str(folder)), lambda: resolve_reward("x", {"type": str(folder)})):
+        with pytest.raises(UsageError, match=r"the chat template of reward model .* refuses"):
+            build()
+
+
+def test_a_chat_template_that_refuses_a_role_says_so(tmp_path):
+    folder = save_classifier(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        + tokenizer.chat_template
+    )
+    tokenizer.save_pretrained(folder)
+    reward = RewardModel(str(folder), dtype="float32", device="cpu")
+    user, said = {"role": "user", "content": "Hi."}, [{"role": "assistant", "content": "Hello."}]
+    assert len(reward([[user]], [said])) == 1
+    with pytest.raises(UsageError, match="roles assistant, system, user: no system"):
+        reward([[{"role": "system", "content": "Be kind."}, user]], [said])
+
+
+@pytest.mark.parametrize("template", ["chat", "{prompt}{response}"])
+def test_texts_that_no_tokenizer_takes_have_a_score(tmp_path, template):
+    reward = RewardModel(str(save_classifier(tmp_path)), dtype="float32", device="cpu", template=template)
+    scores = reward([""] * 5, ["", "\ud800", "\x00", None, [{"role": "assistant", "content": [{"type": "image"}]}]])
+    assert all(isinstance(score, float) for score in scores)

@@ -119,9 +119,9 @@ def test_damaged_folder_is_one_error(tmp_path, damage):
 
 def test_without_scikit_learn_the_remedy_is_named(scorer, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"pip install gd2po-trl\[scorers\]"):
+    with pytest.raises(UsageError, match="pip install scikit-learn"):
         TextScorer(str(tmp_path))
-    with pytest.raises(UsageError, match=r"pip install gd2po-trl\[scorers\]"):
+    with pytest.raises(UsageError, match="pip install scikit-learn"):
         fit_text_scorer(made_up_pairs(), tmp_path)
 
 

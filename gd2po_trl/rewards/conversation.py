@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
+from .options import check_integer
 
 
 if TYPE_CHECKING:
@@ -35,18 +36,39 @@ def resolve_template(
         [`UsageError`]: for a template that cannot work.
     """
     template = default if template is None else template
+    if not isinstance(template, str):
+        raise UsageError(f"template={template!r} of reward model {model!r} must be a text.")
     if template == "chat":
         if getattr(tokenizer, "chat_template", None) is None:
             raise UsageError(
                 f"reward model {model!r} comes without a chat template; set template to 'beaver' "
                 "(PKU-Alignment/beaver-7b-*) or to a text with {prompt} and {response}."
             )
+        render_chat(tokenizer, [[{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]])
     elif template != "beaver" and not ("{prompt}" in template and "{response}" in template):
         raise UsageError(
             f"template={template!r} of reward model {model!r} must be 'chat', 'beaver', or a text with {{prompt}} and "
             "{response}."
         )
     return template
+
+
+def render_chat(tokenizer: Any, conversations: list[Messages]) -> list[str]:
+    """
+    Conversations as texts in the chat template of a reward model's tokenizer.
+
+    Raises:
+        [`UsageError`]: if the template refuses one, a system message for example.
+    """
+    try:
+        return tokenizer.apply_chat_template(conversations, tokenize=False)
+    except Exception as error:  # whatever the code in the template raises
+        roles = sorted({str(message.get("role")) for conversation in conversations for message in conversation})
+        raise UsageError(
+            f"the chat template of reward model {tokenizer.name_or_path!r} refuses a conversation with the roles "
+            f"{', '.join(roles)}: {error}. Set template to a text with {{prompt}} and {{response}}, or mend the "
+            "template."
+        ) from error
 
 
 def render(prompt: str | Messages, completion: str | Messages, template: str, eos_token: str) -> str:
@@ -155,8 +177,7 @@ class ConversationEncoder:
         truncation_side: str,
         skipped_end: int | None = None,
     ):
-        if max_length < 2:
-            raise UsageError(f"max_length={max_length} must be at least 2.")
+        check_integer("max_length", max_length, 2)
         if truncation_side not in TRUNCATION_SIDES:
             raise UsageError(f"truncation_side={truncation_side!r} must be one of {', '.join(TRUNCATION_SIDES)}.")
         self.tokenizer = tokenizer
@@ -165,6 +186,9 @@ class ConversationEncoder:
         self.truncation_side = truncation_side
         self.skipped_end = skipped_end
         self.num_truncated = 0
+        ends = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+        # No model reads a conversation of no token at all.
+        self._stand_in = next((token for token in ends if token is not None), 0)
         specials = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         longest_first = sorted({*specials, *tokenizer.all_special_tokens}, key=len, reverse=True)
         self._specials = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
@@ -191,17 +215,18 @@ class ConversationEncoder:
                 _as_messages(prompt, "user") + _as_messages(completion, "assistant")
                 for prompt, completion in zip(prompts, completions, strict=True)
             ]
-            texts = self.tokenizer.apply_chat_template(conversations, tokenize=False)
+            texts = [_encodable(text) for text in render_chat(self.tokenizer, conversations)]
             # The template has written the special tokens already.
             encoded = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         else:
             eos = self.tokenizer.eos_token or ""
-            texts = [render(p, c, self.template, eos) for p, c in zip(prompts, completions, strict=True)]
+            pairs = zip(prompts, completions, strict=True)
+            texts = [_encodable(render(prompt, completion, self.template, eos)) for prompt, completion in pairs]
             encoded = self.tokenizer(texts)["input_ids"]
             if self.template == "beaver" and eos:
                 end = self.tokenizer.eos_token_id
                 encoded = [ids if ids and ids[-1] == end else [*ids, end] for ids in encoded]
-        return [self._without_skipped_end(self._truncate(ids)) for ids in encoded]
+        return [self._without_skipped_end(self._truncate(ids or [self._stand_in])) for ids in encoded]
 
     def _truncate(self, ids: list[int]) -> list[int]:
         if len(ids) <= self.max_length:
@@ -222,6 +247,11 @@ class ConversationEncoder:
 
     def _defuse(self, completion: str) -> str:
         return completion if self._specials is None else self._specials.sub(_broken_up, completion)
+
+
+def _encodable(text: str) -> str:
+    """`text` without halves of surrogate pairs, which JSON can hold and no tokenizer takes."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _broken_up(match: re.Match) -> str:

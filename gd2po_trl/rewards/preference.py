@@ -13,9 +13,10 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from ..errors import UsageError
-from .conversation import ConversationEncoder, Messages, resolve_template
+from .conversation import ConversationEncoder, Messages, render_chat, resolve_template
 from .direction import check_direction, is_safe_rlhf, published_direction, resolve_direction
 from .guard import RewardError
+from .options import check_integer, check_switch
 from .score_model import load_scoring_module, on_device, padding_token, read_config, scores_last_token
 
 
@@ -112,10 +113,18 @@ class RewardModel:
         nan: str = "error",
         self_check: bool = True,
     ):
+        if not isinstance(model, (str, Path)) or not str(model):
+            raise UsageError(f"model={model!r} of a reward model must be its folder or Hub id.")
         self.model = str(Path(model).expanduser()) if str(model).startswith("~") else str(model)
         self.__name__ = name or self.model.rstrip("/").split("/")[-1]
-        if batch_size < 1:
-            raise UsageError(f"batch_size={batch_size} of reward model {self.model!r} must be at least 1.")
+        who = f"reward model {self.model!r}"
+        check_integer("batch_size", batch_size, 1, of=who)
+        check_integer("max_length", max_length, 2)
+        switches = {"batch_by_length": batch_by_length, "offload": offload, "self_check": self_check}
+        switches |= {"load_in_8bit": load_in_8bit, "load_in_4bit": load_in_4bit}
+        for switch, value in switches.items():
+            check_switch(switch, value, of=who)
+        _check_device(who, device)
         if nan not in NON_FINITE:
             raise UsageError(f"nan={nan!r} of reward model {self.model!r} must be one of {', '.join(NON_FINITE)}.")
         self.batch_size, self.batch_by_length, self.nan = batch_size, batch_by_length, nan
@@ -148,6 +157,7 @@ class RewardModel:
         """Loads the weights, if they are not loaded yet, and checks the direction."""
         if self._module is not None:
             return self
+        _check_device(f"reward model {self.model!r}", self.device, must_exist=True)
         target = self._target_device()
         self._module = load_scoring_module(
             self.model,
@@ -268,7 +278,8 @@ def trl_scores_another_token(model: str, config: Any) -> bool:
     if tokenizer.chat_template is None or not scores_last_token(config):
         return False
     chat = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
-    last = tokenizer(tokenizer.apply_chat_template(chat, tokenize=False), add_special_tokens=False)["input_ids"][-1]
+    ids = tokenizer(render_chat(tokenizer, [chat])[0], add_special_tokens=False)["input_ids"]
+    last = ids[-1] if ids else None
     trl_pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return (last == trl_pad) != (last == padding_token(config))
 
@@ -302,6 +313,17 @@ def _torch_dtype(dtype: str, config: Any, model: str) -> torch.dtype:
     if dtype not in named:
         raise UsageError(f"dtype={dtype!r} of reward model {model!r} must be one of {', '.join([*named, 'auto'])}.")
     return named[dtype]
+
+
+def _check_device(who: str, device: Any, *, must_exist: bool = False) -> None:
+    if device is None:
+        return
+    try:
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise UsageError(f"device={device!r} of {who} is no device; it is one like cpu, cuda or cuda:1.") from error
+    if must_exist and chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"device={device!r} of {who}: there are {torch.cuda.device_count()} CUDA devices here.")
 
 
 def _quantization(model: str, load_in_8bit: bool, load_in_4bit: bool, offload: bool) -> dict[str, Any] | None:

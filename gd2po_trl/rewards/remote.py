@@ -15,6 +15,7 @@ from ..errors import UsageError
 from .conversation import ConversationEncoder, Messages, render, resolve_template
 from .direction import check_direction, resolve_direction
 from .guard import RewardError
+from .options import check_integer, check_mapping, check_number
 from .preference import NON_FINITE, finite_or, read_tokenizer
 from .score_model import padding_token, scores_last_token
 
@@ -131,13 +132,17 @@ class RemoteScorer:
             is_url = False
         if not is_url:
             raise UsageError(f"url={url!r} of a remote reward model must look like http://host:port/classify.")
+        if "@" in parts.netloc:
+            raise UsageError("url of a remote reward model holds a password, which errors would quote; use headers.")
         self.url = parts._replace(path="/classify").geturl() if parts.path in ("", "/") else parts.geturl()
         self.__name__ = name or parts.netloc
-        if timeout <= 0 or retries < 0 or backoff < 0 or batch_size < 1:
-            raise UsageError(
-                f"remote reward model {self.url}: timeout={timeout} must be positive, retries={retries} and "
-                f"backoff={backoff} not negative, and batch_size={batch_size} at least 1."
-            )
+        who = f"remote reward model {self.url}"
+        check_number(f"{who}: timeout", timeout, positive=True)
+        check_number(f"{who}: backoff", backoff)
+        check_integer(f"{who}: retries", retries, 0)
+        check_integer(f"{who}: batch_size", batch_size, 1)
+        check_mapping(f"{who}: headers", headers)
+        check_mapping(f"{who}: extra_body", extra_body)
         if nan not in NON_FINITE:
             raise UsageError(f"nan={nan!r} of remote reward model {self.url} must be one of {', '.join(NON_FINITE)}.")
         self.model = model
@@ -148,10 +153,14 @@ class RemoteScorer:
         self.nan = nan
         try:
             requests.Request("POST", self.url, self.headers, json=self.extra_body).prepare()
+        except requests.exceptions.InvalidHeader:
+            # Not quoted, since it may hold a token.
+            raise UsageError(
+                f"remote reward model {self.url}: a header is no text, or holds a line break or a space in front."
+            ) from None
         except (requests.RequestException, ValueError, TypeError) as error:
             raise UsageError(
-                f"remote reward model {self.url}: no request can be made with these url, headers and extra_body: "
-                f"{error}"
+                f"remote reward model {self.url}: no request can be made with this url and extra_body: {error}"
             ) from error
         loaded = read_tokenizer(tokenizer) if tokenizer is not None else None
         if loaded is None and template == "chat":

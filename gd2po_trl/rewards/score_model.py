@@ -99,7 +99,7 @@ def read_config(model: str, revision: str | None = None) -> PreTrainedConfig:
         raise UsageError(f"reward model {model!r}: the folder has no weights (*.safetensors or pytorch_model*.bin).")
     try:
         config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # each kind of config validates itself in its own way
         raise UsageError(
             f"reward model {model!r} cannot be read: {_first_line(error)} Give a folder with config.json, weights and "
             "tokenizer, or a Hub id; code from the Hub is never run."
@@ -190,8 +190,11 @@ def load_scoring_module(
             f"the weights of reward model {model!r} cannot be read: the file holds more than tensors, and "
             "code in it is never run."
         ) from error
-    except (OSError, EOFError, RuntimeError, SafetensorError) as error:
-        raise UsageError(f"the weights of reward model {model!r} cannot be read: {_first_line(error)}") from error
+    except (OSError, EOFError, RuntimeError, ValueError, ImportError, AssertionError, SafetensorError) as error:
+        reason = _first_line(error)
+        if "ignore_mismatched_sizes" in reason:
+            reason = "they have other sizes than its config.json says."
+        raise UsageError(f"the weights of reward model {model!r} cannot be read: {reason}") from error
     missing = sorted(report["missing_keys"])
     unused = sorted(key for key in report["unexpected_keys"] if key.startswith("score_head."))
     if missing or unused:

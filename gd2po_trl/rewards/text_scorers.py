@@ -48,6 +48,8 @@ class TextScorer:
 
     def __init__(self, path: str, name: str | None = None):
         _require_sklearn()
+        if not isinstance(path, (str, Path)):
+            raise UsageError(f"path={path!r} of a text scorer must be a folder.")
         folder = Path(path).expanduser()
         self.__name__ = name or folder.name
         try:
