@@ -243,6 +243,7 @@ def test_secrets_are_masked_in_what_is_written(words, expected):
         (["--ranges", "low=0-1"], "write REWARD=LOW:HIGH"),
         (["--devices", "0", "0"], "names a device twice"),
         (["--measure", "eval"], "grpo: `eval_strategy` is 'no'"),
+        (["--measure", "eval", "--set", 'eval_dataset={"hh_rlhf": {}}'], r"holds several sets \(hh_rlhf\)"),
         (["--variant", "x", "gdpo", "reward_funcs=low"], r"x has the rewards low, and grpo has low, spread"),
     ],
 )

@@ -86,6 +86,22 @@ def test_three_processes_draw_what_one_does(runs, tmp_path, tiny_policy):
     assert_trained_alike(parameters_one, parameters_three)
 
 
+def test_validation_counts_every_row_once(runs):
+    logs, tables = {}, {}
+    for processes, folder in runs.items():
+        history = json.loads((folder / "validation/trainer_state.json").read_text())["log_history"]
+        logs[processes] = {key: value for entry in history for key, value in entry.items() if "rewards/" in key}
+        files = {path.name: pd.read_parquet(path) for path in (folder / "validation/completions").glob("eval_*")}
+        tables[processes] = {name: sorted(table["prompt"] + table["completion"]) for name, table in files.items()}
+        assert {name: len(texts) for name, texts in tables[processes].items()} == {
+            "eval_five_00000.parquet": 5,
+            "eval_three_00000.parquet": 3,
+        }
+        assert logs[processes]["eval_five_rewards/place_in_alphabet/mean"] == 2.0
+        assert logs[processes]["eval_three_rewards/place_in_alphabet/mean"] == 1.0
+    assert tables[1] == tables[2] and logs[1] == pytest.approx(logs[2])
+
+
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory, tiny_policy):
     """Runs whose weights, gradients and optimizer state are split over two processes; the script checks that."""

@@ -78,7 +78,10 @@ def _run_each(arguments: argparse.Namespace, models: list[str]) -> int:
     root = Path(arguments.output or Path("eval") / arguments.task)
     runs = []
     for model, name in zip(models, _names_of(models), strict=True):
-        runs.append(argparse.Namespace(**{**vars(arguments), "model": model, "output": str(root / name)}))
+        # Unasked, `rewards` writes into the folder of each model.
+        own = arguments.task == "rewards" and arguments.output is None and Path(model).is_dir()
+        output = None if own else str(root / name)
+        runs.append(argparse.Namespace(**{**vars(arguments), "model": model, "output": output}))
         check_model_exists(_settings(runs[-1]))  # before the first of them has run
     for run in runs:
         print(f"{run.model}:")

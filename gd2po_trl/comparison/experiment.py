@@ -323,6 +323,12 @@ def _check_recipes(recipes: "dict[str, Recipe]", *, measure: str) -> None:
                 f"{', '.join(rewards)}; only runs with the same rewards can be compared. A reward of weight 0 "
                 "(`reward_weights`) is logged and not trained on."
             )
+        if measure == "eval" and isinstance(recipe.arguments.eval_dataset, dict):
+            raise UsageError(
+                f"--measure eval: {name}: `eval_dataset` holds several sets "
+                f"({', '.join(recipe.arguments.eval_dataset)}), and a comparison has one measure. Name one of them, "
+                "such as --set eval_dataset=pku_saferlhf."
+            )
         if measure == "eval" and recipe.training.eval_strategy == "no":
             raise UsageError(
                 f"--measure eval: {name}: `eval_strategy` is 'no'. Set it to 'steps' with `eval_steps`, and "

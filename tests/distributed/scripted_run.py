@@ -45,6 +45,28 @@ def fails_on_rank_1(completions, **kwargs):
     return low_bytes(completions)
 
 
+def place_in_alphabet(prompts, completions, **kwargs):
+    return [float(ord(prompt.removeprefix("say ")[0]) - ord("a")) for prompt in prompts]
+
+
+def validate(policy: str, output: Path) -> None:
+    """Evaluates on 5 and on 3 rows, 4 at a time: on two processes the last batches are filled up with first rows."""
+    args = tiny_args(
+        output,
+        num_generations_eval=1,
+        eval_temperature=0.0,
+        per_device_eval_batch_size=4 // WORLD,
+        log_completions=True,
+        num_completions_to_print=0,
+        ddp_backend="gloo" if WORLD > 1 else None,
+    )
+    sets = {"five": letters_dataset(5), "three": letters_dataset(3)}
+    rewards = [place_in_alphabet, low_bytes]
+    trainer = GD2POTrainer(policy, rewards, args, train_dataset=letters_dataset(), eval_dataset=sets)
+    trainer.evaluate()
+    trainer.save_state()
+
+
 def run(policy: str, output: Path, reward_funcs, rollout_func=None, resume=None, **overrides) -> GD2POTrainer:
     trainer = GD2POTrainer(
         policy,
@@ -85,3 +107,5 @@ if __name__ == "__main__":
     for name in [arguments.only] if arguments.only else CONFIGURATIONS:
         rewards, overrides = [low_bytes, spread_bytes], CONFIGURATIONS[name]
         run(arguments.policy, arguments.output / name, rewards, ScriptedRollouts(), **overrides)
+    if not arguments.only:
+        validate(arguments.policy, arguments.output / "validation")
