@@ -19,7 +19,7 @@ from .datasets.prompts import opened_thoughts
 from .diagnostics import conflict_metrics, nothing_learned
 from .gd2po_config import METHODS, GD2POConfig
 from .preflight import check_before_loading, check_reward_names, check_trainable
-from .rewards.guard import RewardError, RewardGuard
+from .rewards.guard import RewardError, RewardGuard, SilentRewards
 from .trl_workarounds import PatchedGRPOTrainer
 from .update.budget import UpdateBudget, budget_metrics, refuse_update_share, trainable_advantages
 from .update.rows import loss_mask
@@ -126,6 +126,7 @@ class GD2POTrainer(PatchedGRPOTrainer):
             refuse_update_share(args, has_auxiliary_loss=self.aux_loss_enabled)
             self.add_callback(UpdateBudget())
         self._collapse_watch = CollapseWatch(self.reward_func_names)
+        self._silent_rewards = SilentRewards(self.reward_func_names)
         self._update = Update(self, super()._get_per_token_logps_and_entropies)
 
     # Advantages
@@ -143,6 +144,9 @@ class GD2POTrainer(PatchedGRPOTrainer):
                 f"{sum(infinite):.0f} infinite rewards in a batch of {len(rewards)}. Return a finite number, or None "
                 "for a completion that cannot be scored."
             )
+        if self.model.training:
+            for message in self._silent_rewards.after_batch(rewards):
+                logger.warning(message)
         self._validation.record(prompts, completions, rewards)
         self._captured_rewards = rewards
         return rewards

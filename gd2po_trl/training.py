@@ -221,7 +221,16 @@ def load_datasets(recipe: Recipe) -> tuple["Dataset", "Dataset | dict[str, Datas
     wants_eval = any(wanted.values())
     if wants_eval and not arguments.eval_datasets():
         key = next(key for key in wanted if wanted[key])
-        raise UsageError(f"`{key}` is {str(getattr(training, key))!r} and `eval_dataset` is not set.")
+        raise UsageError(
+            f"`{key}` is {str(getattr(training, key))!r} and `eval_dataset` is not set: it names the loader, such as "
+            f"`eval_dataset: {arguments.dataset}`."
+        )
+    given = [key for key in ("eval_dataset", "eval_dataset_path") if getattr(arguments, key) is not None]
+    if given and not wants_eval:
+        logger.warning(
+            f"`{given[-1]}` is set and nothing is evaluated: `eval_strategy: steps` with `eval_steps`, "
+            "`eval_on_start` and `eval_on_end` say when."
+        )
     with training.main_process_first(desc="loading the data"):
         train = load_dataset_by_name(
             arguments.dataset, arguments.dataset_path, arguments.dataset_split, **arguments.dataset_kwargs

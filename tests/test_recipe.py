@@ -451,6 +451,21 @@ def test_what_cannot_be_trained_is_one_line(write, runnable, capsys, changes, wo
     assert "Traceback" not in error and all(word in error for word in words), error
 
 
+def silent(completions, **kwargs):
+    return [float("nan")] * len(completions)
+
+
+def test_nothing_is_silent(write, runnable, caplog):
+    """A reward that scores nothing, and an evaluation set that nothing evaluates."""
+    from gd2po_trl.training import run_recipe
+
+    changes = {"reward_funcs": ["spread", f"{__name__}.silent"], "eval_dataset_path": runnable["dataset_path"]}
+    run_recipe(load_recipe(write({**runnable, **changes, "max_steps": 1, "save_strategy": "no"})))
+    messages = [record.getMessage() for record in caplog.records]
+    assert sum("test_recipe.silent' scored no completion" in message for message in messages) == 1
+    assert sum("`eval_dataset_path` is set and nothing is evaluated" in message for message in messages) == 1
+
+
 def test_conversations_need_a_chat_template(write, runnable, tiny_policy, tmp_path, capsys):
     policy = tmp_path / "policy"
     shutil.copytree(tiny_policy, policy)

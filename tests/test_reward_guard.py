@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import math
 import os
 import signal
 import threading
@@ -21,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from gd2po_trl import GD2POTrainer
 from gd2po_trl.cli import main
 from gd2po_trl.completions_table import fill_missing_columns, make_writable
-from gd2po_trl.rewards.guard import RewardError, RewardGuard
+from gd2po_trl.rewards.guard import RewardError, RewardGuard, SilentRewards
 
 
 PROMPTS = ["p"] * 3
@@ -400,3 +401,15 @@ def test_a_run_with_odd_extra_columns_goes_on(tmp_path, tiny_policy):
     assert tables[0]["mixed"].tolist() == ["even", "1", "even", "3", "even", "5", "even", "7"]
     assert "now_and_then" not in tables[0] and tables[1]["now_and_then"].tolist() == [float(i) for i in range(8)]
     assert tables[2]["now_and_then"].isna().all()
+
+
+# Silence
+
+
+def test_a_reward_that_scores_nothing_is_named_once_in_a_while():
+    silent = SilentRewards(["talks", "silent", "now_and_then"])
+    nan = math.nan
+    batches = [[[1.0, nan, nan], [0.0, nan, 1.0]], [[nan, nan, nan], [1.0, nan, nan]]] * 6
+    named = [[message.split("'")[1] for message in silent.after_batch(torch.tensor(batch))] for batch in batches]
+    assert named[:4] == [["silent"], ["now_and_then"], [], ["now_and_then"]]
+    assert sum("silent" in names for names in named) == 2  # at 1 and at 10 of 12 batches

@@ -7,7 +7,7 @@ import itertools
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Collection, Coroutine, Iterator
+from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -239,6 +239,37 @@ class RewardGuard:
             raise RewardError(message) from cause
         self._failures.append(f"{message}\n{''.join(traceback.format_exception(cause))}")
         return [None] * num_completions
+
+
+class SilentRewards:
+    """
+    Notices a reward that scores nothing: it counts as if it were not there, and its mean in the log is nan.
+
+    Args:
+        names (sequence of `str`):
+            Names of the rewards.
+    """
+
+    def __init__(self, names: Sequence[str]):
+        self._names, self._batches = list(names), [0] * len(names)
+
+    def after_batch(self, rewards: torch.Tensor) -> list[str]:
+        """
+        What to say after a generation batch: at the first one in a row that a reward does not score, and rarely then.
+
+        Args:
+            rewards (`torch.Tensor` of shape `(B, K)`):
+                Rewards of the batch, nan where there is none.
+        """
+        messages = []
+        for index, is_silent in enumerate(torch.isnan(rewards).all(0).tolist()):
+            count = self._batches[index] = self._batches[index] + 1 if is_silent else 0
+            if count in (1, 10, 100, 1000):
+                messages.append(
+                    f"The reward '{self._names[index]}' scored no completion of {count} generation batch(es) in a row: it returned "
+                    "None or nan for each, and counts as if it were not there."
+                )
+        return messages
 
 
 class _TimeIsUp(Exception):
