@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UsageError
+from .recipe_catalog import find_recipe
 from .recipe_files import merge_layers, read_recipe_file
 from .recipe_keys import suggestion
 from .recipe_values import (
@@ -203,7 +204,7 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
     """
     (arguments, training, model), settings = parse_recipe(path, overrides, _kinds(), "gd2po train")
     _check_weights(arguments, training)
-    return Recipe(arguments, training, model, settings, None if path is None else Path(path))
+    return Recipe(arguments, training, model, settings, None if path is None else find_recipe(path))
 
 
 def parse_recipe(
@@ -229,13 +230,16 @@ def parse_recipe(
         [`UsageError`]: as [`load_recipe`].
     """
     source = f"recipe '{path}'"
-    settings = read_recipe_file(Path(path)) if path is not None else {}
+    settings = read_recipe_file(find_recipe(path)) if path is not None else {}
     parser = _parser(kinds, command)
     hints = {name: hint for kind in kinds for name, hint in typing.get_type_hints(kind).items()}
     defaults = {item.name: item.default for kind in kinds for item in fields(kind)}
     keys = {action.dest for action in parser._actions} - {"help"}
     for key in settings:
         if key not in keys:
+            other = "gd2po sft" if "reward_funcs" in keys else "gd2po train"
+            if ("reward_funcs" in settings) != ("reward_funcs" in keys):
+                raise UsageError(f"Unknown key `{key}` in {source}, which looks like one of `{other}`.")
             raise UsageError(f"Unknown key `{key}` in {source}.{suggestion(key, keys, command)}")
     refuse_remote_code(settings, source)
     options = _options(list(overrides), kinds, command)
@@ -243,6 +247,11 @@ def parse_recipe(
         # One option switches all evaluations of a recipe off.
         settings = {key: value for key, value in settings.items() if key not in ("eval_on_start", "eval_on_end")}
     settings = merge_layers(settings, options)
+    missing = [key for key in ("model_name_or_path", "reward_funcs") if key in keys and not settings.get(key)]
+    if path is None and missing:
+        raise UsageError(
+            f"No recipe was given, and {' and '.join(f'`{key}`' for key in missing)} neither: `{command} RECIPE ...`."
+        )
     if settings.get("method") is not None:
         settings = {**_method_preset(settings["method"]), **settings}
     settings = {key: as_meant(key, value, defaults[key]) for key, value in settings.items()}
@@ -276,6 +285,8 @@ def _options(words: list[str], kinds: Sequence[type], command: str) -> dict[str,
         if word.startswith("--"):
             if name not in keys and name.removeprefix("no_") not in keys:
                 raise UsageError(f"Unknown option --{name}.{suggestion(name, keys, command)}")
+        elif not is_value and word.endswith((".yaml", ".yml")):
+            raise UsageError(f"The recipe '{word}' comes first: `{command} {word} ...`.")
         elif not is_value and name in keys and (name != word.replace("-", "_") or "=" in word):
             raise UsageError(f"'{word}' is no option of {command}. Did you mean `--{name}`, with two dashes?")
     options = {option for action in parser._actions for option in action.option_strings}

@@ -10,6 +10,34 @@ PACKAGE = Path(__file__).resolve().parent
 # In the wheel the recipes lie inside the package, in a clone beside it.
 FOLDER = PACKAGE / "_recipes" if (PACKAGE / "_recipes").is_dir() else PACKAGE.parent / "recipes"
 
+# What `gd2po recipes new` starts a recipe from.
+TEMPLATES = PACKAGE / "templates"
+
+
+def find_recipe(name: str | Path) -> Path:
+    """
+    The recipe that a command is given: a file, a folder with a `recipe.yaml`, or a name that comes with the package.
+
+    Raises:
+        [`UsageError`]: if there is none, with the one that may have been meant.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir() and (path / "recipe.yaml").is_file():
+        return path / "recipe.yaml"
+    if path.exists() and not path.is_dir():
+        return path
+    known = recipe_names()
+    packaged = path.as_posix().removeprefix("recipes/").removesuffix(".yaml")
+    if packaged in known:
+        return recipe_path(packaged)
+    folder = path if path.is_dir() else path.parent
+    files = [file.as_posix() for pattern in ("*.yaml", "*.yml", "*/recipe.yaml") for file in folder.glob(pattern)]
+    files += [Path(file).parent.as_posix() for file in files if file.endswith("/recipe.yaml")]
+    close = difflib.get_close_matches(path.as_posix(), files, n=1) or difflib.get_close_matches(packaged, known, n=1)
+    hint = f"Did you mean '{close[0]}'?" if close else "`gd2po recipes list` shows those that come with the package."
+    where = "the folder holds no recipe.yaml" if path.is_dir() else f"there is no such file in {folder.resolve()}"
+    raise UsageError(f"Cannot read recipe '{name}': {where}, and no recipe of the package has this name. {hint}")
+
 
 def recipe_names() -> list[str]:
     """Names of all recipes that can be run: their paths below `recipes/`, without `.yaml`."""

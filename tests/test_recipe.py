@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gd2po_trl.cli import main
+from gd2po_trl.cli.train import split_arguments
 from gd2po_trl.errors import UsageError
 from gd2po_trl.recipe import load_recipe, read_recipe_file
+from gd2po_trl.recipe_catalog import find_recipe, recipe_path
 from gd2po_trl.rewards import resolve_reward
 from gd2po_trl.sft import load_sft_recipe
 
@@ -507,3 +509,84 @@ def test_runs_as_a_module(write, runnable):
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "The policy, its recipe and its log are in" in done.stdout
+
+
+# Where a recipe is found
+
+
+def test_the_recipe_is_the_first_word_a_folder_or_a_name(write, tmp_path, monkeypatch):
+    path = write(MINIMAL, "my_task/recipe.yaml")
+    monkeypatch.chdir(tmp_path)
+    for words in (["my_task"], ["my_task/recipe.yaml"], ["--config", "my_task"], ["--config=my_task/recipe.yaml"]):
+        recipe, others = split_arguments([*words, "--seed", "3"], "gd2po train")
+        loaded = load_recipe(recipe, others)
+        assert loaded.training.seed == 3 and loaded.path.resolve() == path.resolve()
+    name = "tool_calling/Qwen2.5-1.5B-Instruct/lora"
+    for written in (name, f"{name}.yaml", f"recipes/{name}.yaml"):
+        assert find_recipe(written).samefile(recipe_path(name))
+    assert split_arguments(["--seed", "3"], "gd2po train") == (None, ["--seed", "3"])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["my_tsk"], "Did you mean 'my_task'?"),
+        (["my_task/recip.yaml"], "Did you mean 'my_task/recipe.yaml'?"),
+        (["empty"], "holds no recipe.yaml"),
+        (["tool_calling/Qwen2.5-1.5B-Instruct/lor"], "Did you mean 'tool_calling/Qwen2.5-1.5B-Instruct/lora'?"),
+        (["--config"], "--config"),
+        (["my_task", "--config", "my_task"], "two recipes"),
+        (["--seed", "1", "my_task/recipe.yaml"], "comes first"),
+        (["learning_rate=1"], "--learning_rate"),
+        (["--learning_rate", "1"], "No recipe was given"),
+        ([], "gd2po recipes new"),
+    ],
+    ids=str,
+)
+def test_what_was_meant_by_a_recipe_that_is_not_there(write, tmp_path, monkeypatch, capsys, words, said):
+    write(MINIMAL, "my_task/recipe.yaml")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *words]) == 2
+    error = capsys.readouterr().err
+    assert said in error and len(error.strip().splitlines()) == 1, error
+
+
+def test_a_recipe_of_the_other_command(write):
+    with pytest.raises(UsageError, match="one of `gd2po train`"):
+        load_sft_recipe(write({**MINIMAL, "num_generations": 4}))
+    with pytest.raises(UsageError, match="one of `gd2po sft`"):
+        load_recipe(write({"model_name_or_path": "some/model", **CPU, "max_length": 9}))
+
+
+@pytest.mark.parametrize("command", ["train", "sft"])
+def test_help_fits_one_screen(command, capsys):
+    assert main([command, "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 24 and max(map(len, lines)) <= 80
+
+
+@pytest.mark.parametrize("name", ["my_task", "tasks/my_own"])
+def test_a_new_recipe_trains_as_it_is(tiny_policy, tmp_path, monkeypatch, capsys, name):
+    """What `gd2po recipes new` makes, on a tiny policy; every key stands under its explanation."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert main(["recipes", "new", name]) == 0
+    words = f"--model_name_or_path {tiny_policy} --use_cpu --no_bf16 --dtype float32 --max_steps 1".split()
+    assert main(["train", name, *words, "--max_completion_length", "8"]) == 0
+    written = yaml.safe_load((tmp_path / "outputs" / name / "recipe.yaml").read_text())
+    assert written["reward_kwargs"]["brevity"]["type"] == f"{name.replace('/', '.')}.rewards.brevity"
+    assert (tmp_path / "outputs" / name / "completions").is_dir()
+    lines = (tmp_path / name / "recipe.yaml").read_text().splitlines()
+    keys = [index for index, line in enumerate(lines) if line[:1].isalpha()]
+    assert keys and all(lines[index - 1].startswith("#") for index in keys)
+    capsys.readouterr()
+    assert main(["recipes", "new", name]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["my-task", "2rewards", "json", "class", "../outside", "/absolute"])
+def test_a_name_under_which_rewards_cannot_be_imported(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["recipes", "new", name]) == 2
+    assert list(tmp_path.iterdir()) == [] and "Traceback" not in capsys.readouterr().err

@@ -4,16 +4,23 @@ from ..terminal import set_up_logging
 from .train import split_arguments
 
 
-USAGE = """usage: gd2po sft --config RECIPE.yaml [--any_field value ...]
+USAGE = """usage: gd2po sft RECIPE [--KEY VALUE ...]
 
-Warms a policy up on demonstrations with TRL's SFTTrainer, so that RL starts from a policy that knows the format.
-Every key of a recipe is an option, and an option wins over the recipe:
+Trains a policy on demonstrations with TRL's SFTTrainer, so that RL starts from
+one that knows the format. RECIPE is a YAML file, a folder with a recipe.yaml,
+or a name from `gd2po recipes list`. Every key is an option and wins over it:
 
-  gd2po sft --config recipe.yaml --dataset_path rlla_sft.json --learning_rate 5e-5
+  gd2po sft recipe.yaml --dataset_path rlla_sft.json --learning_rate 5e-5
 
-  --config RECIPE.yaml   the recipe; `gd2po recipes list` shows those that come with the package
-  --help-all             every key with its meaning and default
-"""
+The keys that matter most:
+  --model_name_or_path   folder or Hub id of the policy, or of an adapter
+  --dataset, --dataset_path   loader, and file with `prompt` and `completion`
+  --max_length           longest example in tokens; longer ones are left out
+  --per_device_train_batch_size, --gradient_accumulation_steps
+  --use_peft, --lora_r, --learning_rate, --num_train_epochs, --max_steps
+  --output_dir, --resume_from_checkpoint latest
+
+  --help-all             every key with its meaning and default"""
 
 
 def main(argv: list[str]) -> int:

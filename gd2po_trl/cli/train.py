@@ -13,18 +13,28 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 
-USAGE = """usage: gd2po train --config RECIPE.yaml [--any_field value ...]
+USAGE = """usage: gd2po train RECIPE [--KEY VALUE ...]
 
-Trains a policy as a recipe describes. Every key of a recipe is an option, and an option wins over the recipe:
+RECIPE is a YAML file, a folder with a recipe.yaml, or a name from `gd2po recipes
+list`. Every key of a recipe is an option, which wins over the recipe:
 
-  gd2po train --config recipe.yaml --method gd2po_snr --snr_threshold 0.6 --seed 1
-  accelerate launch -m gd2po_trl.cli train --config recipe.yaml
+  gd2po train my_task --method gd2po_snr --learning_rate 2e-5 --seed 1
+  accelerate launch -m gd2po_trl.cli train my_task         (several GPUs)
 
-  --config RECIPE.yaml   the recipe; `gd2po recipes list` shows those that come with the package
-  --dry-run              data, rewards, lengths, batches, steps and expected memory, in seconds, and no training
-  --completions FILE     with --dry-run: completions to score, instead of the data's own gold ones
-  --help-all             every key with its meaning and default
-"""
+The keys that matter most:
+  --model_name_or_path   folder or Hub id of the policy, or of an adapter
+  --dataset_path         prompts: JSONL, JSON, CSV or parquet
+  --reward_funcs A B     a label per reward; --reward_kwargs, --reward_weights
+  --method               grpo, gdpo, gd2po_hard or gd2po_snr
+  --num_generations      rollouts per prompt; --max_completion_length in tokens
+  --per_device_train_batch_size, --gradient_accumulation_steps
+  --use_peft, --lora_r, --learning_rate, --max_steps, --use_vllm
+  --output_dir, --resume_from_checkpoint latest
+
+  --dry-run              data, rewards, lengths, batches, steps and expected
+                         memory, in seconds, and no training
+  --completions FILE     with --dry-run: completions to score
+  --help-all             every key with its meaning and default"""
 
 
 def main(argv: list[str]) -> int:
@@ -98,13 +108,24 @@ def _take_dry_run(argv: list[str]) -> tuple[bool, str | None, list[str]]:
 
 
 def split_arguments(argv: list[str], command: str) -> tuple[str | None, list[str]]:
-    """The recipe's path, if there is one, and the options that win over it."""
+    """The recipe, if there is one (the first word, or `--config`), and the options that win over it."""
     parser = argparse.ArgumentParser(prog=command, add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config")
+    first = (
+        argv[0]
+        if argv and not argv[0].startswith(("-", "\N{EN DASH}", "\N{EM DASH}")) and "=" not in argv[0]
+        else None
+    )
     try:
-        known, overrides = parser.parse_known_args(argv)
+        known, overrides = parser.parse_known_args(argv if first is None else argv[1:])
     except argparse.ArgumentError as error:
-        raise UsageError(str(error)) from error
-    if known.config is None and not overrides:
-        raise UsageError("which recipe? Give --config RECIPE.yaml; `gd2po recipes list` shows some.")
-    return known.config, overrides
+        raise UsageError(f"{error}: give --config RECIPE, or the recipe as the first word.") from error
+    if first is not None and known.config is not None:
+        raise UsageError(f"two recipes, '{first}' and '{known.config}'; give one, which may name the other as `base`.")
+    recipe = known.config if first is None else first
+    if recipe is None and not overrides:
+        raise UsageError(
+            f"which recipe? `{command} RECIPE` takes a YAML file, a folder with a recipe.yaml, or a name from `gd2po "
+            "recipes list`; `gd2po recipes new my_task` starts one."
+        )
+    return recipe, overrides

@@ -266,8 +266,8 @@ class SilentRewards:
             count = self._batches[index] = self._batches[index] + 1 if is_silent else 0
             if count in (1, 10, 100, 1000):
                 messages.append(
-                    f"The reward '{self._names[index]}' scored no completion of {count} generation batch(es) in a row: it returned "
-                    "None or nan for each, and counts as if it were not there."
+                    f"The reward '{self._names[index]}' scored no completion of {count} generation batch(es) in a "
+                    "row: it returned None or nan for each, and counts as if it were not there."
                 )
         return messages
 
