@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 USAGE = """usage: gd2po train RECIPE [--KEY VALUE ...]
 
-RECIPE is a YAML file, a folder with a recipe.yaml, or a name from `gd2po recipes
-list`. Every key of a recipe is an option, which wins over the recipe:
+RECIPE is a YAML file, a folder with a recipe.yaml, or a name that
+`gd2po recipes list` shows. Every key is an option, which wins over the recipe:
 
   gd2po train my_task --method gd2po_snr --learning_rate 2e-5 --seed 1
   accelerate launch -m gd2po_trl.cli train my_task         (several GPUs)
