@@ -20,6 +20,7 @@ SETTINGS = (
     "consensus_weighting",
     "whitening",
     "whitening_shift_mean",
+    "update_share",
     "num_generations",
     "generation_batch_size",
     "loss_type",
