@@ -16,7 +16,7 @@ from trl import GRPOTrainer
 
 from gd2po_trl import GD2POTrainer
 from gd2po_trl.update.rows import LOSS_DENOMINATORS, loss_mask
-from gd2po_trl.update.runner import reason_to_train_all_rows
+from gd2po_trl.update.refusals import reason_to_train_all_rows
 
 
 LOSS_TYPES = sorted(LOSS_DENOMINATORS)

@@ -59,9 +59,14 @@ def group_segments(segments: Sequence[Segment]) -> list[list[int]]:
 
 
 def gathered_keys(segments: Sequence[Segment]) -> int:
-    """Keys (and values) that attention gathers per layer for `segments`, padding included."""
+    """
+    Keys (and values) that attention gathers per layer for the rollouts of `segments`, padding included: what a padded
+    batch holds as rows times width.
+    """
+    roots = {segment.root for segment in segments}
     return sum(
-        len(group) * (max(_root_length(segments, n) for n in group) + max(segments[n].length for n in group))
+        sum(n not in roots for n in group)
+        * (max(_root_length(segments, n) for n in group) + max(segments[n].length for n in group))
         for group in group_segments(segments)
     )
 

@@ -1,57 +1,21 @@
-"""Running a model over packed rollouts: whether it may be done, how, and the check that it gives the same."""
+"""Running a model over packed rollouts, and the comparison that shows whether it gives the same."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from .attention import PackingError, placeholder_mask
 from .layout import pack
+from .plan import join_tables
 from .rows import RowTable
 
-
-# RoPE whose frequencies do not depend on the longest position of a forward pass.
-STATIC_ROPE = frozenset({"default", "linear", "llama3", "yarn", "proportional"})
 
 # Log-probabilities may differ by rounding only: by this much, or by so many times what padding the same rollouts
 # differently changes. A leak between rollouts, or wrong positions, changes them by 0.1 to 4.
 MEAN_TOLERANCE, LARGEST_TOLERANCE, PADDING_FACTOR = 1e-4, 2e-3, 4.0
-
-
-def unsupported_config(config: PreTrainedConfig) -> str | None:
-    """What in the configuration of a model rules packing out, or `None`. What it cannot tell, the self-check finds."""
-    if config.get_text_config() is not config:
-        return "the model is not a language model alone"
-    rope = getattr(config, "rope_parameters", None) or {}
-    for parameters in [rope] if "rope_type" in rope else [value for value in rope.values() if isinstance(value, dict)]:
-        if parameters.get("rope_type") not in STATIC_ROPE:
-            return f"its rotary embedding is of type {parameters.get('rope_type')!r}"
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types is not None:
-        others = sorted(set(layer_types) - {"full_attention"})
-        if others:
-            return f"it has layers of type {', '.join(others)}"
-    elif getattr(config, "sliding_window", None) is not None:
-        return "its attention has a sliding window"
-    return None
-
-
-def unsupported_adapter(model: torch.nn.Module) -> str | None:
-    """Which adapter of a PEFT model does more to a token than the token itself says, or `None`."""
-    from peft import PeftModel, PeftType
-
-    if not isinstance(model, PeftModel):
-        return None
-    for name, config in model.peft_config.items():
-        if config.peft_type != PeftType.LORA:
-            return f"the adapter {name!r} is of type {getattr(config.peft_type, 'value', config.peft_type)}"
-        if "alora_invocation_tokens" not in config.__dataclass_fields__:
-            return f"this version of PEFT does not tell whether the adapter {name!r} is an activated LoRA"
-        if config.alora_invocation_tokens is not None:
-            return f"the adapter {name!r} is an activated LoRA (aLoRA)"
-    return None
 
 
 @dataclass(frozen=True)
@@ -94,8 +58,6 @@ def run_packed(
     Raises:
         [`PackingError`]: if not every layer computed its attention by the layout.
     """
-    from .plan import join_tables
-
     device = batches[0].prompt_ids.device
     ids = torch.cat([torch.cat([b.prompt_ids, b.completion_ids], dim=1).flatten() for b in batches])
     offsets, end = [], 0

@@ -17,11 +17,10 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather
 from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer import grpo_trainer as trl_module
 
 from .plan import cost, cost_tables, cut, fill_forwards, join_tables
+from .refusals import base_model, reason_not_to_pack, reason_to_train_all_rows
 from .rows import (
-    LOSS_DENOMINATORS,
     RowTable,
     describe_rows,
     join_batches,
@@ -40,74 +39,8 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
-# What TRL's trainer must tell for the update to be exact. Where a version of TRL has renamed one, everything is
-# trained, padded.
-DECISIVE_ATTRIBUTES = ("beta", "entropy_coef", "top_entropy_quantile", "aux_loss_enabled", "loss_type")
-
 # Rollouts of the self-check: enough for a prompt with several, few enough to cost nothing.
 CHECKED_ROLLOUTS = 4
-
-
-def reason_to_train_all_rows(trainer: "GD2POTrainer") -> str | None:
-    """Why leaving out rollouts without advantage would not give the same gradient, or `None` where it does."""
-    args = trainer.args
-    missing = _missing_attribute(trainer)
-    if not args.skip_zero_advantage_rows:
-        return "`skip_zero_advantage_rows` is off"
-    if missing is not None:
-        return missing
-    if trainer.beta != 0.0:
-        return "`beta` is not 0, so that the KL term trains every rollout"
-    if trainer.entropy_coef != 0.0 or args.use_adaptive_entropy:
-        return "the entropy bonus trains every rollout"
-    if trainer.top_entropy_quantile < 1.0:
-        return "`top_entropy_quantile` ranks the tokens of every rollout"
-    if trainer.aux_loss_enabled:
-        return "the load-balancing loss of a mixture-of-experts model covers every rollout"
-    if args.use_liger_kernel and hasattr(trainer, "compute_liger_loss"):
-        return "this version of TRL computes the Liger loss on another path"
-    if trainer.loss_type not in LOSS_DENOMINATORS:
-        return f"the loss type {trainer.loss_type!r} is unknown"
-    return None
-
-
-def reason_not_to_pack(trainer: "GD2POTrainer") -> str | None:
-    """Why rollouts cannot be packed, as far as it shows before the first forward pass, or `None`."""
-    args = trainer.args
-    missing = _missing_attribute(trainer)
-    if not args.packed_update:
-        return "`packed_update` is off"
-    if missing is not None:
-        return missing
-    if not hasattr(trl_module, "add_fused_lm_head"):
-        return "this version of TRL has no fused head (1.16 has)"
-    if args.use_adaptive_entropy:
-        return "`use_adaptive_entropy` changes its coefficient within the loss"
-    if trainer.aux_loss_enabled:
-        return "the load-balancing loss of a mixture-of-experts model counts every token"
-    if trainer.loss_type not in LOSS_DENOMINATORS:
-        return f"the loss type {trainer.loss_type!r} is unknown"
-    if args.torch_compile:
-        return "`torch_compile` would compile the model anew for every forward pass"
-    if args.n_gpu > 1 and not trainer.is_deepspeed_enabled and trainer.accelerator.num_processes == 1:
-        return "the model is replicated by DataParallel; start one process per GPU"
-    if args.parallelism_config is not None:
-        return "sequences are split over devices"
-    # Imported here: before the fused head, transformers may lack what packing imports from it.
-    from .packing import unsupported_adapter, unsupported_config
-
-    unwrapped = trainer.accelerator.unwrap_model(trainer.model)
-    return unsupported_adapter(unwrapped) or unsupported_config(_base_model(unwrapped).config)
-
-
-def _missing_attribute(trainer: "GD2POTrainer") -> str | None:
-    missing = [name for name in DECISIVE_ATTRIBUTES if not hasattr(trainer, name)]
-    missing += [name for name in ("use_adaptive_entropy", "use_liger_kernel") if not hasattr(trainer.args, name)]
-    return f"this version of TRL does not tell its `{missing[0]}`" if missing else None
-
-
-def _base_model(unwrapped: torch.nn.Module) -> Any:
-    return unwrapped.get_base_model() if hasattr(unwrapped, "get_base_model") else unwrapped
 
 
 @dataclass
@@ -438,10 +371,10 @@ class Update:
         from .attention import use_packed_attention
         from .packing import run_packed
 
-        base_model = _base_model(self.trainer.accelerator.unwrap_model(model))
-        stack.enter_context(use_packed_attention(base_model))
+        base = base_model(self.trainer.accelerator.unwrap_model(model))
+        stack.enter_context(use_packed_attention(base))
         with self.trainer.accelerator.autocast():
-            return run_packed(model, base_model, batches)
+            return run_packed(model, base, batches)
 
     def _run_filler(self, model: torch.nn.Module) -> torch.Tensor:
         """A 0 from a forward pass over two tokens, with gradients of 0 for all that a forward pass reaches."""

@@ -12,15 +12,11 @@ from pathlib import Path
 
 from accelerate import DistributedType, PartialState
 from accelerate.utils.launch import prepare_multi_gpu_env
-from scripted_run import CONFIGURATIONS, ScriptedRollouts, run
+from scripted_run import CONFIGURATIONS, REWARDS, ScriptedRollouts, run
 from test_accelerate_configs import parsed
-from tiny import low_bytes, spread_bytes
 from torch.distributed.tensor import DTensor
 
 from gd2po_trl.checkpoints import checkpoint_to_resume
-
-
-REWARDS = [low_bytes, spread_bytes]
 
 
 def turn_on() -> None:

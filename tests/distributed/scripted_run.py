@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import torch
+from peft import LoraConfig
 from tiny import letters_dataset, low_bytes, spread_bytes, tiny_args
 
 from gd2po_trl import GD2POTrainer
@@ -20,7 +21,10 @@ CONFIGURATIONS = {
     "groups_of_8": {"num_generations": 8},
     "groups_of_8_all_rows": {"num_generations": 8, "skip_zero_advantage_rows": False},
     "budget": {"num_generations": 8, "conflict_filter": None, "update_share": 0.4},
+    # A group over two processes, or over three; every rollout has a gradient, and a reference is asked for.
+    "groups_of_12_lora": {"num_generations": 12, "lora": True, "beta": 0.1, "gradient_checkpointing": True},
 }
+REWARDS = [low_bytes, spread_bytes]
 
 
 class ScriptedRollouts:
@@ -68,6 +72,13 @@ def validate(policy: str, output: Path) -> None:
 
 
 def run(policy: str, output: Path, reward_funcs, rollout_func=None, resume=None, **overrides) -> GD2POTrainer:
+    adapter = None
+    if overrides.pop("lora", False):
+        torch.manual_seed(0)
+        # B matrices that are not 0 from the start, so that a fault in the adapter's path shows.
+        adapter = LoraConfig(
+            r=4, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear", init_lora_weights=False
+        )
     trainer = GD2POTrainer(
         policy,
         reward_funcs,
@@ -85,11 +96,14 @@ def run(policy: str, output: Path, reward_funcs, rollout_func=None, resume=None,
         ),
         train_dataset=letters_dataset(),
         rollout_func=rollout_func,
+        peft_config=adapter,
     )
     before = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_state()
-    after = trainer.accelerator.get_state_dict(trainer.model)
+    assert trainer._update.packing_off is None
+    wrapped = trainer.model_wrapped if trainer.is_deepspeed_enabled else trainer.model
+    after = trainer.accelerator.get_state_dict(wrapped)
     if trainer.is_world_process_zero():
         torch.save({"before": before, "after": after}, output / "parameters.pt")
     return trainer
@@ -105,7 +119,6 @@ if __name__ == "__main__":
     if arguments.fail:
         run(arguments.policy, arguments.output, [fails_on_rank_1, spread_bytes], ScriptedRollouts(), num_generations=4)
     for name in [arguments.only] if arguments.only else CONFIGURATIONS:
-        rewards, overrides = [low_bytes, spread_bytes], CONFIGURATIONS[name]
-        run(arguments.policy, arguments.output / name, rewards, ScriptedRollouts(), **overrides)
+        run(arguments.policy, arguments.output / name, REWARDS, ScriptedRollouts(), **CONFIGURATIONS[name])
     if not arguments.only:
         validate(arguments.policy, arguments.output / "validation")
