@@ -14,7 +14,7 @@ define CHECK_PYTHON
 	% (sys.version.split()[0], sys.executable, '' if ok else '. Name another one: make PYTHON=python3.12')); sys.exit(not ok)"
 endef
 
-.PHONY: quickstart test test-matrix test-vllm lint format clean
+.PHONY: quickstart test test-matrix test-vllm test-deepspeed lint format clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/gd2po quickstart
@@ -64,5 +64,17 @@ $(VENV)-vllm/.installed: setup.cfg constraints.txt
 	$(VENV)-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
+# DeepSpeed on CPU processes, in an environment of its own. Its first run compiles DeepSpeed's communication for the CPU.
+test-deepspeed: $(VENV)-deepspeed/.installed
+	PATH="$(CURDIR)/$(VENV)-deepspeed/bin:$$PATH" HF_HUB_OFFLINE=1 $(VENV)-deepspeed/bin/python -m pytest -s tests/test_deepspeed.py
+
+$(VENV)-deepspeed/.installed: setup.cfg constraints.txt
+	$(PYTHON) -m venv $(VENV)-deepspeed
+	$(VENV)-deepspeed/bin/pip install --quiet --upgrade pip
+	$(VENV)-deepspeed/bin/pip install --quiet -c constraints.txt torch
+	$(VENV)-deepspeed/bin/pip install --quiet -c constraints.txt -e '.[test]' wheel setuptools hjson msgpack py-cpuinfo einops ninja
+	DS_BUILD_OPS=0 $(VENV)-deepspeed/bin/pip install --quiet --no-deps --no-build-isolation deepspeed
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-vllm build *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(VENV)-vllm $(VENV)-deepspeed build *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache

@@ -26,7 +26,11 @@ def test_zero_equals_one_process(one_process, tmp_path, tiny_policy, stage):
     for name in CONFIGURATIONS:
         _, _, expected = results(one_process / name)
         history, _, trained = results(tmp_path / name)
-        moved = {key: value - expected["before"][key] for key, value in expected["after"].items() if key in expected["before"]}
+        moved = {
+            key: value - expected["before"][key]
+            for key, value in expected["after"].items()
+            if key in expected["before"]
+        }
         for key, step in moved.items():
             assert torch.allclose(trained["after"][key], expected["after"][key], atol=2e-6, rtol=0), (name, key)
         assert sum(float(step.abs().sum()) for step in moved.values()) > 1e-3

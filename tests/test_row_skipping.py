@@ -15,8 +15,8 @@ from tiny import letters_dataset, low_bytes, spread_bytes, tiny_args
 from trl import GRPOTrainer
 
 from gd2po_trl import GD2POTrainer
-from gd2po_trl.update.rows import LOSS_DENOMINATORS, loss_mask
 from gd2po_trl.update.refusals import reason_to_train_all_rows
+from gd2po_trl.update.rows import LOSS_DENOMINATORS, loss_mask
 
 
 LOSS_TYPES = sorted(LOSS_DENOMINATORS)
