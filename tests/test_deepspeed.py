@@ -31,7 +31,7 @@ def test_zero_equals_one_process(one_process, tmp_path, tiny_policy, stage):
             for key, value in expected["after"].items()
             if key in expected["before"]
         }
-        for key, step in moved.items():
+        for key in moved:
             assert torch.allclose(trained["after"][key], expected["after"][key], atol=2e-6, rtol=0), (name, key)
         assert sum(float(step.abs().sum()) for step in moved.values()) > 1e-3
         assert all(0 < entry["gd2po/update_tokens"] < 1 for entry in history if "loss" in entry)
