@@ -1,4 +1,4 @@
-"""Two gloo processes against one, by DDP and by FSDP2: the same advantages, metrics, table and parameters."""
+"""Two and three gloo processes against one, by DDP and by FSDP2: the same advantages, metrics, table, parameters."""
 
 import json
 import os
@@ -39,17 +39,18 @@ def results(output: Path):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, tiny_policy):
-    """The same scripted runs on one process and on two."""
-    folders = {processes: tmp_path_factory.mktemp(f"on_{processes}") for processes in (1, 2)}
+    """The same scripted runs on one process, on two and on three."""
+    folders = {processes: tmp_path_factory.mktemp(f"on_{processes}") for processes in (1, 2, 3)}
     for processes, folder in folders.items():
         launch(folder, tiny_policy, processes)
     return folders
 
 
+@pytest.mark.parametrize("processes", [2, 3])
 @pytest.mark.parametrize("name", list(CONFIGURATIONS))
-def test_two_processes_equal_one(runs, name):
+def test_several_processes_equal_one(runs, name, processes):
     history_one, table_one, parameters_one = results(runs[1] / name)
-    history_two, table_two, parameters_two = results(runs[2] / name)
+    history_two, table_two, parameters_two = results(runs[processes] / name)
 
     columns = ["prompt", "completion", "low_bytes", "spread_bytes", "gd2po_kept", "gd2po_conflict"]
     key = ["step", *columns]

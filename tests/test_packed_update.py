@@ -188,3 +188,121 @@ def test_families_that_are_padded(tmp_path, caplog, name):
     assert difference == 0.0
     said = [record.getMessage() for record in caplog.records if "not packed" in record.getMessage()]
     assert len(said) == 1 and reason in said[0]
+
+
+def test_activated_lora_is_padded(tiny_policy, tmp_path, caplog):
+    """Its weights act from an invocation token on: a token in the shared prompt would not know of the others."""
+    config = LoraConfig(
+        r=4, target_modules=["q_proj", "k_proj"], task_type="CAUSAL_LM", alora_invocation_tokens=[7, 8]
+    )
+    with caplog.at_level(logging.WARNING):
+        trainer = GD2POTrainer(
+            str(tiny_policy), [low_bytes, spread_bytes], tiny_args(tmp_path), varied_dataset(32), peft_config=config
+        )
+    assert "aLoRA" in trainer._update.packing_off
+    assert sum("not packed" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_a_missing_attribute_of_trl_trains_everything_padded(tiny_policy, tmp_path, monkeypatch):
+    from gd2po_trl.update import refusals
+
+    trainer, _ = run(tiny_policy, tmp_path)
+    assert refusals.reason_to_train_all_rows(trainer) is None and refusals.reason_not_to_pack(trainer) is None
+    monkeypatch.delattr(trainer, "aux_loss_enabled")
+    assert "aux_loss_enabled" in refusals.reason_to_train_all_rows(trainer)
+    assert "aux_loss_enabled" in refusals.reason_not_to_pack(trainer)
+
+
+class LeakingAttention:
+    """What the self-check is for: packed attention that lets every branch see what stands before it."""
+
+    def __init__(self):
+        from gd2po_trl.update import layout
+
+        self.rectangle = layout.AttentionLayout._rectangle
+
+    def __call__(self, layout, group):
+        rectangle = self.rectangle(layout, group)
+        return type(rectangle)(rectangle.queries, rectangle.keys, None)
+
+
+def test_the_self_check_finds_a_leak(tiny_policy, tmp_path, monkeypatch, caplog):
+    from gd2po_trl.update import layout
+
+    leak = LeakingAttention()
+    monkeypatch.setattr(layout.AttentionLayout, "_rectangle", lambda self, group: leak(self, group))
+    with caplog.at_level(logging.WARNING):
+        _, _, difference = both_ways(tiny_policy, tmp_path)
+    assert difference == 0.0
+    assert sum("differ by more than rounding" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_the_self_check_leaves_the_random_state_and_the_mode(tiny_policy, tmp_path):
+    trainer, _ = run(tiny_policy, tmp_path)
+    update = trainer._update
+    from gd2po_trl.update.rows import describe_rows
+
+    ids = torch.randint(5, 200, (4, 6))
+    table = describe_rows(ids[:, :3], torch.ones(4, 3).long(), torch.ones(4, 3))
+    trainer.model.train()
+    state = torch.get_rng_state()
+    update._check(trainer.model, ids[:, :3], ids[:, 3:], table)
+    assert torch.equal(state, torch.get_rng_state())
+    assert trainer.model.training and update.packing_off is None
+    assert trainer.model.config._attn_implementation != "gd2po_packed"
+
+
+def test_bfloat16_differs_by_rounding(tiny_policy, tmp_path):
+    """As far as two padded runs of different padding differ."""
+    settings = {"bf16": True, "max_steps": 1, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
+    packed, _, difference = both_ways(tiny_policy, tmp_path, **settings)
+    _, repadded = run(tiny_policy, tmp_path / "more", packed_update=False, pad_to_multiple_of=32, **settings)
+    _, expected = run(tiny_policy, tmp_path / "again", packed_update=False, **settings)
+    rounding = float((repadded - expected).norm() / expected.norm())
+    assert packed._update.packing_off is None
+    assert 0 < difference < 3 * rounding
+
+
+class ScriptedAdvantages(GD2POTrainer):
+    advantages: list[float] = []
+
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        if self.model.training:
+            output["advantages"] = torch.tensor(self.advantages)
+        return output
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2, 8])
+def test_few_rollouts_with_a_gradient(tiny_policy, tmp_path, monkeypatch, kept):
+    monkeypatch.setattr(ScriptedAdvantages, "advantages", ([1.0, -0.5] * 4)[:kept] + [0.0] * (8 - kept))
+    settings = {"weight_decay": 0.1, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
+    packed, _, difference = both_ways(tiny_policy, tmp_path, trainer_class=ScriptedAdvantages, **settings)
+    assert difference < 2e-5
+    assert logged(packed, "gd2po/trained_rows") == [kept / 8] * 3
+    if kept == 0:
+        assert logged(packed, "gd2po/update_tokens") == [0.0] * 3
+
+
+class Observations(Rollouts):
+    """Prompts that an environment has extended, for each rollout by another observation."""
+
+    def __call__(self, prompts, trainer):
+        output = super().__call__(prompts, trainer)
+        output["prompt_ids"] = [[*ids, *[9] * (n % 3)] for n, ids in enumerate(output["prompt_ids"])]
+        return output
+
+
+def test_rollouts_of_a_group_with_prompts_of_their_own(tiny_policy, tmp_path, monkeypatch):
+    monkeypatch.setattr("test_packed_update.Rollouts", Observations)
+    packed, _, difference = both_ways(tiny_policy, tmp_path, gradient_accumulation_steps=2)
+    assert difference < 2e-5 and packed._update.packing_off is None
+
+
+def test_old_reference_and_evaluation_passes_are_packed(tiny_policy, tmp_path):
+    trainer, _ = run(tiny_policy, tmp_path, num_iterations=2, beta=0.1)
+    padded = []
+    trainer._update.padded_logps = lambda *args, **kwargs: padded.append(1)
+    trainer.evaluate(varied_dataset(4))
+    assert trainer.state.log_history[-1]["eval_loss"] == trainer.state.log_history[-1]["eval_loss"]
+    assert not padded

@@ -22,7 +22,13 @@ CONFIGURATIONS = {
     "groups_of_8_all_rows": {"num_generations": 8, "skip_zero_advantage_rows": False},
     "budget": {"num_generations": 8, "conflict_filter": None, "update_share": 0.4},
     # A group over two processes, or over three; every rollout has a gradient, and a reference is asked for.
-    "groups_of_12_lora": {"num_generations": 12, "lora": True, "beta": 0.1, "gradient_checkpointing": True},
+    "groups_of_12_lora": {
+        "num_generations": 12,
+        "lora": True,
+        "beta": 0.1,
+        "gradient_checkpointing": True,
+        "learning_rate": 0.05,
+    },
 }
 REWARDS = [low_bytes, spread_bytes]
 
