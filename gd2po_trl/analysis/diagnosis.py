@@ -342,14 +342,15 @@ def _recommend(analysis: Analysis, verdict: Finding, findings: list[Finding]) ->
         method, settings, advice = _method(analysis, verdict, rewards, kinds)
         settings = {"method": method, **settings, **_scale(analysis, rewards, kinds, advice)}
         advice += _gates(findings)
-    if kinds & {"constant", "saturated", "never_earned"}:
-        names = [
-            name for one in findings if one.kind in ("constant", "saturated", "never_earned") for name in one.rewards
-        ]
+    saturated = [name for finding in findings if finding.kind == "saturated" for name in finding.rewards]
+    if saturated:
         advice.append(
-            f"Watch {join(names)} with weight 0, or change what it takes to earn "
-            f"{'it' if len(names) == 1 else 'them'}."
+            f"Keep {join(saturated)}, or the policy may unlearn {'it' if len(saturated) == 1 else 'them'}; a harder "
+            "threshold would teach more."
         )
+    silent = [name for one in findings if one.kind in ("constant", "never_earned") for name in one.rewards]
+    if silent:
+        advice.append(f"Change what it takes to earn {join(silent)}, or watch it with weight 0.")
     return Recommendation(method, settings, advice)
 
 

@@ -411,14 +411,15 @@ def _arrays(
         "step": np.full(len(chunk), step_in_name(file) if layout.step_in_name else 0, dtype=np.int64),
     }
     if layout.prompt is not None:
-        empty = [index for index, value in enumerate(chunk[layout.prompt]) if _is_empty(value)]
+        arrays["prompt"], _ = hash_texts(chunk[layout.prompt])
+        # Once for each prompt, of which there are fewer than rows.
+        _, first_rows = np.unique(arrays["prompt"], return_index=True)
+        empty = sorted(row for row in first_rows.tolist() if _is_empty(chunk[layout.prompt].iloc[row]))
         if empty:
             raise UsageError(
-                f"'{file}', row {start + empty[0] + 1} has no prompt: `{layout.prompt}` is null or empty there (and "
-                f"in {len(empty) - 1} further rows near it). Rollouts are compared with those of the same prompt; "
-                "fill the column."
+                f"'{file}', row {start + empty[0] + 1} has no prompt: `{layout.prompt}` is null or empty there. Rollouts "
+                "are compared with those of the same prompt; fill the column."
             )
-        arrays["prompt"], _ = hash_texts(chunk[layout.prompt])
     if layout.step is not None:
         steps = _checked_numbers(chunk[layout.step], file, layout.step, start)
         wrong = np.flatnonzero(~((np.abs(steps) < 2**53) & (steps == np.floor(steps))))
