@@ -79,6 +79,8 @@ class RecipeArguments(DatasetArguments):
             of a reward model; or any label for which `reward_kwargs` has a `type`.
         reward_kwargs (`dict[str, dict]` or `None`, *optional*):
             Keyword arguments per label; the key `type` says what the label stands for.
+        verdict_steps (`int` or `None`, *optional*):
+            After every so many optimizer steps, and at the end, log what `gd2po analyze` says of the rewards.
     """
 
     method: str | None = field(
@@ -98,6 +100,9 @@ class RecipeArguments(DatasetArguments):
     reward_kwargs: dict | str | None = field(
         default=None, metadata={"help": "Keyword arguments per reward label (JSON on the command line)."}
     )
+    verdict_steps: int | None = field(
+        default=None, metadata={"help": "Log the verdict of `gd2po analyze` on the rewards every so many steps."}
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -107,6 +112,8 @@ class RecipeArguments(DatasetArguments):
             label: as_mapping(f"reward_kwargs.{label}", kwargs)
             for label, kwargs in as_mapping("reward_kwargs", self.reward_kwargs).items()
         }
+        if self.verdict_steps is not None and self.verdict_steps < 1:
+            raise UsageError(f"`verdict_steps` is {self.verdict_steps!r}; it must be at least 1, or null.")
         if self.long_prompts not in ("drop", "truncate_left"):
             raise UsageError(f"`long_prompts` is {self.long_prompts!r}; it must be 'drop' or 'truncate_left'.")
         if self.max_prompt_tokens is not None and self.max_prompt_tokens < 1:

@@ -85,6 +85,10 @@ def _train(
         for reward_func in reward_funcs:
             # Dead weights, an unreachable server or an inverted direction show before the first generation.
             load_reward(reward_func)
+    if recipe.arguments.verdict_steps is not None:
+        from .analysis import VerdictCallback
+
+        trainer.add_callback(VerdictCallback(trainer, every=recipe.arguments.verdict_steps))
     for callback in callbacks:
         if isinstance(callback, RewardProgress):
             callback.attach(trainer)

@@ -14,6 +14,8 @@ from gd2po_trl import GD2POTrainer
 from gd2po_trl.analysis import VerdictCallback, analyze_rewards
 from gd2po_trl.analysis.wording import interval, percent
 from gd2po_trl.errors import UsageError
+from gd2po_trl.recipe import load_recipe
+from gd2po_trl.training import run_recipe
 
 
 def diagnosis_of(*columns, size=4, weights=None, names=None, **options):
@@ -334,3 +336,30 @@ def test_the_callback_says_the_same_as_the_log(tiny_policy, tmp_path, stock):
     assert callback.reports[2].rollouts < last.rollouts
     with pytest.raises(ValueError, match="every"):
         VerdictCallback(trainer, every=0)
+
+
+def test_a_recipe_asks_for_the_verdict(tiny_policy, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"prompt {row % 4}"}) + "\n" for row in range(16)))
+    settings = tiny_settings(tmp_path / "out") | {
+        "model_name_or_path": str(tiny_policy),
+        "dataset_path": str(prompts),
+        "reward_funcs": ["tiny.low_bytes", "tiny.spread_bytes"],
+        "reward_weights": [1.0, 0.5],
+        "verdict_steps": 2,
+        "max_steps": 3,
+        "log_completions": True,
+        "num_completions_to_print": 0,
+    }
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    trainer = run_recipe(load_recipe(file))
+    (callback,) = [one for one in trainer.callback_handler.callbacks if isinstance(one, VerdictCallback)]
+    assert sorted(callback.reports) == [2, 3]
+    # The run's own recipe tells the weights afterwards.
+    report = analyze(tmp_path / "out")
+    assert (report.weights_source, report.reward_weights) == ("recipe.yaml", [1.0, 0.5])
+    assert report.conflict_ratio == pytest.approx(callback.reports[3].conflict_ratio)
+    with pytest.raises(UsageError, match="verdict_steps"):
+        file.write_text(yaml.safe_dump(settings | {"verdict_steps": 0}))
+        load_recipe(file)

@@ -417,8 +417,8 @@ def _arrays(
         empty = sorted(row for row in first_rows.tolist() if _is_empty(chunk[layout.prompt].iloc[row]))
         if empty:
             raise UsageError(
-                f"'{file}', row {start + empty[0] + 1} has no prompt: `{layout.prompt}` is null or empty there. Rollouts "
-                "are compared with those of the same prompt; fill the column."
+                f"'{file}', row {start + empty[0] + 1} has no prompt: `{layout.prompt}` is null or empty there. "
+                "Rollouts are compared with those of the same prompt; fill the column."
             )
     if layout.step is not None:
         steps = _checked_numbers(chunk[layout.step], file, layout.step, start)
