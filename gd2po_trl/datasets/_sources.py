@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
+from ._layouts import broken_json, files_below, files_of_split, load_saved
 
 
 if TYPE_CHECKING:
@@ -128,7 +129,15 @@ def find_local_files(folder: Path, split: str, source: Source, dimension: str | 
         choices.append([path for path in candidates if named(path) and without_split(path)])
         choices.append([path for path in candidates if len(files) == 1 and without_split(path)])
     found = next((choice for choice in choices if choice), [])
-    names = ", ".join(path.name for path in files[:10]) or "no parquet, JSON, JSONL or CSV file"
+    if not found and dimension is None:
+        everywhere = files_below(folder, BUILDERS)
+        if source.file_hints:  # never the files of another set
+            everywhere = [path for path in everywhere if _is_of(source, folder, path)]
+        found = files_of_split(folder, everywhere, split, is_default=split == source.default_split)
+        if found and len({data_suffix(path) for path in found}) == 1:
+            return found
+        files = files or everywhere
+    names = ", ".join(str(path.relative_to(folder)) for path in files[:10]) or "no parquet, JSON, JSONL or CSV file"
     if not found:
         what = f"split {split!r}" + (f", dimension {dimension!r}," if dimension else "")
         raise UsageError(
@@ -138,6 +147,12 @@ def find_local_files(folder: Path, split: str, source: Source, dimension: str | 
         fitting = ", ".join(path.name for path in found)
         raise UsageError(f"{source.name}: several files in {folder} fit split {split!r}: {fitting}; name one of them")
     return found
+
+
+def _is_of(source: Source, folder: Path, path: Path) -> bool:
+    """Whether a file's name, or that of a folder between it and `folder`, carries the name of the data set."""
+    words = re.sub(r"[^a-z0-9]+", "_", path.relative_to(folder).as_posix().lower())
+    return any(hint in words for hint in source.file_hints)
 
 
 def load_rows(
@@ -165,6 +180,10 @@ def load_rows(
     if path is None:
         raise UsageError(f"{source.name}: no path given and no Hub id known; {source.remedy}")
     local = Path(path).expanduser()
+    if local.is_dir() and (saved := load_saved(local, split.split("[")[0], source.name)) is not None:
+        if len(saved) == 0:
+            raise UsageError(f"{source.name}: {path} holds no rows")
+        return saved, str(path)
     if local.is_dir():
         files = find_local_files(local, split.split("[")[0], source, dimension)
     elif local.exists():
@@ -205,6 +224,8 @@ def load_rows(
         cause = error.__cause__ or error
         if isinstance(cause, UnicodeDecodeError):
             hint = "cannot be read; save it as UTF-8"
+        elif builder == "json" and (broken := broken_json(files)) is not None:
+            raise UsageError(f"{source.name}: {origin} cannot be read: {broken}") from error
         lines = str(cause).strip().splitlines()
         raise UsageError(f"{source.name}: {origin} {hint}: {lines[0] if lines else type(error).__name__}") from error
     if len(dataset) == 0:

@@ -43,11 +43,19 @@ def load_prompts(path: str | None, split: str | None, *, drop_duplicates: bool =
         raise UsageError(
             f"prompts: {origin} has a column {clash[0]!r}, a name TRL passes to rewards itself; rename it"
         )
+    kinds: dict[bool, int] = {}
     for index, row in enumerate(iterate_rows(dataset, ["prompt"])):
         try:
             checked_prompt(row["prompt"], "prompt", parts=True)
         except UsageError as error:
             raise UsageError(f"prompts: row {index} of {origin}: {error}") from None
+        if row["prompt"] is not None:
+            kinds.setdefault(isinstance(row["prompt"], str), index)
+    if len(kinds) > 1:
+        raise UsageError(
+            f"prompts: row {kinds[True]} of {origin} is text and row {kinds[False]} a list of messages; make all "
+            "prompts the one or the other"
+        )
     report = DatasetReport(PROMPTS.name, origin, read=len(dataset))
     return drop_rows(dataset, report, drop_duplicates=drop_duplicates)
 
