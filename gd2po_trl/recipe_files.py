@@ -55,8 +55,9 @@ def merge_layers(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]
     """
     The keys of `above` over those of `below`.
 
-    Mappings merge key by key, everything else is replaced. Two things end what lies below: another `type` of a reward
-    (`name` of an evaluation set) drops what stood under its label, and `method` the fields that it presets.
+    Mappings merge key by key, everything else is replaced. Three things end what lies below: another `type` of a
+    reward (`name` of an evaluation set) drops what stood under its label, null in place of an evaluation set drops the
+    set, and `method` the fields that it presets.
     """
     below, above = _with_mappings(below), _with_mappings(above)
     if "method" in above:
@@ -68,6 +69,10 @@ def merge_layers(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]
             if isinstance(kwargs, dict) and isinstance(inherited, dict) and kind in kwargs:
                 if kwargs[kind] != inherited.get(kind, label):
                     merged[key][label] = kwargs
+    sets, inherited = _mapping(above.get("eval_dataset")), _mapping(below.get("eval_dataset"))
+    for label, options in sets.items():
+        if options is None and label in inherited:
+            del merged["eval_dataset"][label]
     return merged
 
 

@@ -241,15 +241,16 @@ def test_one_set_in_place_of_several(recipe_file, tmp_path):
         recipe_file, ["--eval_dataset", "prompts", "--eval_dataset_path", str(tmp_path / "one.jsonl")]
     )
     assert len(load_datasets(single)[1]) == 5
-    named = {"x": {"name": "prompts", "path": str(tmp_path / "two.jsonl")}}
-    assert set(load_datasets(load_recipe(recipe_file, ["--eval_dataset", json.dumps(named)]))[1]) == {"x"}
+    more = {"x": {"name": "prompts", "path": str(tmp_path / "two.jsonl")}, "one": None}
+    assert set(load_datasets(load_recipe(recipe_file, ["--eval_dataset", json.dumps(more)]))[1]) == {"x", "two"}
 
 
 @pytest.mark.parametrize(
     "words, message",
     [
         (["--eval_dataset_path", "x.jsonl"], "eval_dataset_path"),
-        (["--eval_dataset", '{"one": null}'], "'one'"),
+        (["--eval_dataset", '{"three": null}'], "'three'"),
+        (["--eval_dataset", '{"one": null, "two": null}'], "`eval_dataset` is not set"),
         (["--eval_dataset", '{"one": "prompts"}'], "'one'"),
         (["--eval_dataset", '{"": {}}'], "''"),
         (["--eval_dataset", '{"one": '], "not valid JSON"),
