@@ -123,7 +123,8 @@ class GD2POTrainer(PatchedGRPOTrainer):
         self._captured_rewards: torch.Tensor | None = None
         self._batches_without_gradient = 0
         if args.update_share < 1:
-            refuse_update_share(args, has_auxiliary_loss=self.aux_loss_enabled)
+            # Where a version of TRL does not tell, it counts as having one.
+            refuse_update_share(args, has_auxiliary_loss=getattr(self, "aux_loss_enabled", True))
             self.add_callback(UpdateBudget())
         self._collapse_watch = CollapseWatch(self.reward_func_names)
         self._silent_rewards = SilentRewards(self.reward_func_names)
