@@ -67,7 +67,7 @@ class Estimator:
 
     Args:
         settings (`dict`): Keyword arguments of `compute_advantages`.
-        sum_first (`bool`): Sum the rewards, then normalise: GRPO.
+        sum_first (`bool`): Sum the rewards, then normalize: GRPO.
         equal_units (`bool`): Multiply a reward's weight by 1 / its within-group spread, measured on the first batch.
         control (`str`, *optional*): `"random"` and `"largest"` are GDPO on as many rollouts as Hard would keep, drawn
             at random or with the largest |advantage|. `"filter"` is GDPO's whitened advantages, set to 0 where
@@ -75,7 +75,7 @@ class Estimator:
         share (`float`): Which share of the rollouts is trained; 1 all that have an advantage.
         choice (`str`): How they are chosen: `"budget"` as `update_share` does, `"uniform"` at random, each counting
             1 / `share` times as much, `"size"` those with the largest |advantage|, `"variance"` in each group those
-            among whose sums of normalised rewards the variance is largest, normalised anew (PODS).
+            among whose sums of normalized rewards the variance is largest, normalized anew (PODS).
         group_size (`int`, *optional*): Rollouts per prompt, where it is not the experiment's.
     """
 

@@ -15,7 +15,7 @@ from gd2po_trl import compute_advantages
 
 OUTPUT = Path(__file__).with_name("images") / "division.png"
 INK, MUTED = "#1f2933", "#6b7785"
-COLOURS = {"correctness": "#0a6ebd", "length": "#d1570c"}
+COLORS = {"correctness": "#0a6ebd", "length": "#d1570c"}
 # One prompt, eight rollouts: correctness tells them apart, length hardly does.
 REWARDS = torch.tensor(
     [[3.0, 0.94], [3.0, 0.95], [3.0, 0.94], [2.0, 0.96], [-3.0, 0.96], [-3.0, 0.97], [-1.0, 0.96], [-3.0, 0.95]]
@@ -44,8 +44,8 @@ def draw() -> None:
     places = torch.arange(len(REWARDS))
     for panel, (title, values) in zip(figure.subplots(1, 2, sharey=True), panels.items(), strict=True):
         conflicts = (values.amax(1) > 0) & (values.amin(1) < 0)
-        for index, (name, colour) in enumerate(COLOURS.items()):
-            panel.bar(places + 0.36 * (index - 0.5), values[:, index], width=0.34, color=colour, label=name)
+        for index, (name, color) in enumerate(COLORS.items()):
+            panel.bar(places + 0.36 * (index - 0.5), values[:, index], width=0.34, color=color, label=name)
         panel.plot(places, values.sum(1), "D", color=INK, markersize=5, label="sum")
         panel.axhline(0, color=MUTED, linewidth=0.8)
         panel.set_title(title, loc="left", fontsize=11.5, fontweight="bold", color=INK)

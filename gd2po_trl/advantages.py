@@ -38,7 +38,7 @@ class AdvantageBreakdown:
         advantages (`torch.Tensor` of shape `(B,)`):
             What the policy loss multiplies. Exactly 0 for dropped, unscored and empty rollouts.
         per_reward (`torch.Tensor` of shape `(B, K)`):
-            Weighted, group-normalised advantage of each reward; 0 where the reward did not score the rollout.
+            Weighted, group-normalized advantage of each reward; 0 where the reward did not score the rollout.
         combined (`torch.Tensor` of shape `(B,)`):
             Sum of `per_reward` over the rewards, before filter, consensus weight and whitening.
         conflict (`torch.Tensor` of shape `(B,)`, bool):
@@ -117,7 +117,7 @@ def compute_advantages(
     """
     Advantages of a generation batch under several rewards: GDPO, GD²PO-Hard or GD²PO-SNR, depending on the settings.
 
-    Each reward is normalised within its group of `num_generations` rollouts; rollouts on which the rewards disagree
+    Each reward is normalized within its group of `num_generations` rollouts; rollouts on which the rewards disagree
     are dropped; a group counts by the share of it that is kept; the sum over the rewards is whitened over the batch.
     The arithmetic is in float64 (float32 on devices without it) whatever the dtype of the rewards.
 
@@ -190,7 +190,7 @@ def compute_advantages(
     # along contiguous memory, which is several times faster.
     by_group = (batch_size // num_generations, num_generations)
     values = rewards.to(dtype).reshape(*by_group, num_rewards).permute(2, 1, 0).contiguous()
-    per_reward, scored = _normalise(values, scale_rewards)
+    per_reward, scored = _normalize(values, scale_rewards)
     if reward_weights is not None:
         weights = torch.as_tensor(reward_weights, dtype=dtype, device=device)
         if weights.shape != (num_rewards,):
@@ -237,7 +237,7 @@ def compute_advantages(
     )
 
 
-def _normalise(rewards: torch.Tensor, scale_rewards: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _normalize(rewards: torch.Tensor, scale_rewards: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Normalise `rewards` `(K, G, groups)` per group; also return which rollouts any reward scored, `(G, groups)`."""
     is_scored = ~torch.isnan(rewards)
     values = torch.where(is_scored, rewards, 0.0)
