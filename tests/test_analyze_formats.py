@@ -218,6 +218,7 @@ def test_diagnostics_are_no_rewards(tmp_path):
         num_turns=2,
         uid=range(8),
         length=0.5,
+        sample_loss_mask=1,
     )
     assert names_of(analyze(write(table, tmp_path / "a.parquet"))) == ["a", "b", "length"]
 

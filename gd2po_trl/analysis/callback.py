@@ -1,5 +1,6 @@
 """The verdict on the rewards while they are trained on."""
 
+import textwrap
 from collections import deque
 from collections.abc import Collection
 from typing import Any
@@ -8,6 +9,7 @@ import numpy as np
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from ..terminal import printable
 from .doctor import Report, analyze_rewards
 
 
@@ -96,4 +98,5 @@ class VerdictCallback(TrainerCallback):
             *(finding.text for finding in report.findings),
             *report.recommendation.advice,
         ]
-        logger.warning("\n".join([f"Rewards up to step {step}:", *(f"- {sentence}" for sentence in sentences)]))
+        lines = [textwrap.fill(printable(text), 80, initial_indent="- ", subsequent_indent="  ") for text in sentences]
+        logger.warning("\n".join([f"Rewards up to step {step}:", *lines]))

@@ -37,7 +37,7 @@ NOT_A_REWARD = re.compile(
     r"gd2po_.*|steps?|global_steps?|gen_step|epoch|iteration|advantages?|__index_level_\d+__|unnamed: \d+|index|idx|id"
     r"|uid|.*_(id|idx|index)|rank|seed|timestamp|time|loss|entropy|kl|temperature|num_turns|num_tokens"
     r"|(num_)?(input|output|prompt|completion|response|generation|token)s?_(len|lengths?|tokens?|count)"
-    r"|(is_)?truncated|.*logps?|.*logprobs?",
+    r"|(is_)?truncated|.*mask|baseline|.*logps?|.*logprobs?",
     re.IGNORECASE,
 )
 # A file without types holds answers and rewards alike as text; these are answers.
