@@ -84,6 +84,9 @@ def test_budget_is_kept_and_logged(tiny_policy, tmp_path):
     assert metric(trainer, "gd2po/drawn_ratio") == pytest.approx([0.5] * 2, abs=1 / 16)
     assert metric(trainer, "gd2po/trained_rows") == pytest.approx(metric(trainer, "gd2po/drawn_ratio"))
     assert all(noise > 1 for noise in metric(trainer, "gd2po/budget_noise"))
+    whole = sampled(tiny_policy, tmp_path / "whole", max_steps=4, update_share=1.0, conflict_filter=None)
+    fewer = sum(metric(trainer, "gd2po/update_tokens")) / sum(metric(whole, "gd2po/update_tokens"))
+    assert 0.3 < fewer < 0.8  # prompts of about the length of a completion are run for fewer rollouts
     table = trainer._logs["advantages"]
     assert len(table) == 16
     assert sum(value != 0 for value in table) == pytest.approx(8, abs=1)
