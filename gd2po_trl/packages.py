@@ -1,7 +1,9 @@
 """What a run needs beside the policy: packages, an optimizer and a learning-rate schedule that can be made."""
 
 import copy
+import difflib
 import importlib.util
+from collections.abc import Sequence
 from typing import Any
 
 from .errors import UsageError
@@ -9,6 +11,15 @@ from .errors import UsageError
 
 # Trackers whose package has another name.
 PACKAGES = {"azure_ml": "azureml-core", "comet_ml": "comet-ml", "flyte": "flytekit"}
+# Of `torch.utils.checkpoint.checkpoint`.
+CHECKPOINTING_OPTIONS = (
+    "use_reentrant",
+    "context_fn",
+    "determinism_check",
+    "debug",
+    "early_stop",
+    "preserve_rng_state",
+)
 
 
 def check_packages(training: Any) -> None:
@@ -27,9 +38,32 @@ def check_packages(training: Any) -> None:
             "`use_vllm` is true, and vLLM is not installed: `pip install -c constraints-vllm.txt '.[vllm]'` in a "
             "clone of gd2po_trl, or set `use_vllm` to false, which is much slower."
         )
+    if training.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
+        raise UsageError(
+            "`use_liger_kernel` is true, and it is not installed: `pip install liger-kernel`, or set it to false."
+        )
+    _check_options(training)
     _check_trackers(training)
     optimizer = _check_optimizer(training)
     _check_schedule(training, optimizer)
+
+
+def _check_options(training: Any) -> None:
+    """Refuse what transformers and torch would ignore, or refuse while training."""
+    from transformers import GenerationConfig
+
+    if not getattr(training, "use_vllm", False):  # vLLM has names of its own
+        known = [*vars(GenerationConfig()), "generation_config"]
+        _check_keys("generation_kwargs", getattr(training, "generation_kwargs", None), known)
+    _check_keys("gradient_checkpointing_kwargs", training.gradient_checkpointing_kwargs, CHECKPOINTING_OPTIONS)
+
+
+def _check_keys(name: str, options: dict[str, Any] | None, known: Sequence[str]) -> None:
+    for key in options or {}:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f" Did you mean `{close[0]}`?" if close else ""
+            raise UsageError(f"`{name}` holds `{key}`, which nothing takes.{hint}")
 
 
 def _check_trackers(training: Any) -> None:

@@ -100,6 +100,8 @@ def as_meant(key: str, value: Any, default: Any) -> Any:
         return "latest" if value else None
     if key == "top_k" and value in (-1, "-1"):  # off, as vLLM and verl say it
         return 0
+    if key == "lora_target_modules" and isinstance(value, str):  # PEFT takes all-linear as text
+        return [value]
     if key == "generation_kwargs" and isinstance(value, dict) and value.get("top_k") == -1:
         return {**value, "top_k": 0}
     return value

@@ -126,6 +126,10 @@ def one_clear_error() -> Iterator[None]:
         yield
     except (ValueError, OSError, ImportError, SafetensorError, RewardError) as error:
         raise UsageError(" ".join(str(error).split())) from error
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        raise UsageError(f"An option that nothing takes, perhaps of `model_init_kwargs`: {error}.") from error
 
 
 def train_and_save(trainer: "Trainer", record: RunRecord, command: str) -> None:
@@ -225,8 +229,9 @@ def load_datasets(recipe: Recipe) -> tuple["Dataset", "Dataset | dict[str, Datas
     wants_eval = any(wanted.values())
     if wants_eval and not arguments.eval_datasets():
         key = next(key for key in wanted if wanted[key])
+        value = getattr(getattr(training, key), "value", getattr(training, key))
         raise UsageError(
-            f"`{key}` is {str(getattr(training, key))!r} and `eval_dataset` is not set: it names the loader, such as "
+            f"`{key}` is {value!r} and `eval_dataset` is not set: it names the loader, such as "
             f"`eval_dataset: {arguments.dataset}`."
         )
     given = [key for key in ("eval_dataset", "eval_dataset_path") if getattr(arguments, key) is not None]

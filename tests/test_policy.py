@@ -161,6 +161,7 @@ def test_a_tracker_that_is_not_installed(write, capsys):
         ({"optim": "galore_adamw"}, ["optim", "galore_adamw"]),
         ({"optim": "adamw_torch", "optim_args": "momentun=0.9"}, ["optim_args", "momentun"]),
         ({"optim": "sgd", "optim_args": "momentum"}, ["optim_args", "momentum"]),
+        ({"gradient_checkpointing_kwargs": {"use_reentrent": False}}, ["Did you mean `use_reentrant`?"]),
         ({"lr_scheduler_type": "cosine_with_min_lr"}, ["lr_scheduler_type", "min_lr"]),
         ({"lr_scheduler_type": "linear", "lr_scheduler_kwargs": {"min_lr": 1e-7}}, ["lr_scheduler_kwargs", "min_lr"]),
         ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycle": 2}}, ["lr_scheduler_kwargs"]),
@@ -173,6 +174,23 @@ def test_what_cannot_be_made_is_refused_before_the_policy_is_looked_for(write, c
         with pytest.raises(UsageError) as error:
             check_packages(recipe.training)
         assert all(word in str(error.value) for word in words) and "\n" not in str(error.value), str(error.value)
+
+
+def test_misspelt_options_of_generation(write):
+    with pytest.raises(UsageError, match="Did you mean `repetition_penalty`"):
+        check_packages(load_recipe(write(generation_kwargs={"repetition_penality": 1.2})).training)
+    check_packages(load_recipe(write(generation_kwargs={"repetition_penalty": 1.2, "do_sample": True})).training)
+
+
+def test_options_of_the_model_that_it_does_not_take(write, tiny_policy, capsys):
+    path = write(model_name_or_path=str(tiny_policy), model_init_kwargs={"foo": 1})
+    assert main(["train", "--config", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert "foo" in error and "model_init_kwargs" in error and "Traceback" not in error
+
+
+def test_all_linear_as_text(write):
+    assert load_recipe(write(lora_target_modules="all-linear")).model.lora_target_modules == "all-linear"
 
 
 def sft_copy(path: Path) -> Path:
