@@ -72,6 +72,8 @@ def check_reward_names(names: Iterable[str]) -> None:
         `ValueError`: for the first such name.
     """
     for name in names:
+        if not name.strip():
+            raise ValueError("A reward has an empty name, under which nothing can be logged. Give it a `__name__`.")
         if is_table_column(name):
             raise ValueError(
                 f"A reward is called {name!r}, which is a column of the completions table that it would replace. "
@@ -144,6 +146,12 @@ def check_data(what: str, dataset: Any, functions: list[Any], adds_columns: bool
         raise ValueError(
             f"The {what} has no column `prompt` (it has: {', '.join(columns)}). Rename the column that holds the "
             "prompts, or map the dataset."
+        )
+    pictures = {"image", "images"} & set(columns)
+    if pictures and isinstance(dataset, Dataset) and len(dataset) and isinstance(dataset[0].get("prompt"), str):
+        raise ValueError(
+            f"The {what} has a column `{pictures.pop()}`, in which TRL looks for pictures, and its prompts are text. "
+            "Rename the column, or write the prompts as lists of messages."
         )
     for column in columns:
         if column in TRL_REWARD_ARGUMENTS and column not in UNPASSED_COLUMNS:

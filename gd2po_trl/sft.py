@@ -90,6 +90,12 @@ def _train(recipe: Recipe, record: RunRecord, progress: RewardProgress | None) -
         with one_clear_error():
             tokenizer = load_tokenizer(recipe, dataset)
         dataset = _drop_long_examples(dataset, tokenizer, training.max_length)
+    batch = training.train_batch_size * training.world_size
+    if training.dataloader_drop_last and len(dataset) < batch:
+        raise UsageError(
+            f"The data set has {len(dataset)} examples and a batch {batch}, and `dataloader_drop_last` leaves out a "
+            "batch that is not full, so that nothing would be trained. Lower `per_device_train_batch_size`."
+        )
 
     with one_clear_error():
         trainer = SFTTrainer(

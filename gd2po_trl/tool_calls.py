@@ -242,12 +242,15 @@ def parse_gold(text: Any) -> Gold:
             f"unexpected text {rest[:60]!r}: after the thoughts there must be `<tool_call>…</tool_call>`, "
             "`<response>…</response>`, or both in this order"
         )
-    if rest and not calls and _is_json_container(rest):
+    if rest and not calls and _holds_call(rest):
         raise ValueError(f"the call {rest[:60]!r} must stand between `<tool_call>` and `</tool_call>`, one per line")
     return Gold(calls)
 
 
-def _is_json_container(text: str) -> bool:
+def _holds_call(text: str) -> bool:
+    """Whether a text without our tags is a call in another format: JSON alone, between other tags or in a fence."""
+    if re.search(r'"name"\s*:', text) and re.search(r'"(arguments|parameters)"\s*:', text):
+        return True
     try:
         return text[0] in "[{" and isinstance(parse_json(text), (dict, list))
     except ValueError:

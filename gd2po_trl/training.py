@@ -212,7 +212,11 @@ def _is_full_disk(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
-        if "No space left on device" in str(error) or "PytorchStreamWriter failed writing" in str(error):
+        try:
+            text = str(error)
+        except Exception:  # behind an error may be one of a reward's, whose text is foreign code
+            text = ""
+        if "No space left on device" in text or "PytorchStreamWriter failed writing" in text:
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -153,6 +153,26 @@ def test_an_example_that_teaches_nothing_is_named(tmp_path, capsys, tiny_policy,
     assert status == 2 and all(word in said for word in words), said
 
 
+def test_a_warm_up_without_a_full_batch(tmp_path, capsys, tiny_policy):
+    data = write(tmp_path / "rows.jsonl", [{"prompt": "p", "completion": "x"}])
+    settings = {"max_steps": -1, "dataloader_drop_last": True, "per_device_train_batch_size": 4}
+    status, said = train(tmp_path, capsys, tiny_policy, data, "sft", **settings)
+    assert status == 2 and "has 1 examples and a batch 4" in said and "dataloader_drop_last" in said
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([{"prompt": "a"}, {"prompt": None}, {"prompt": user("b")}], ["row 0", "row 2"]),
+        ([{"prompt": "a", "images": None}, {"prompt": "b", "images": None}], ["`images`", "pictures"]),
+    ],
+)
+def test_prompts_that_trl_would_take_for_others(tmp_path, capsys, tiny_policy, rows, words):
+    data = write(tmp_path / "rows.jsonl", rows)
+    status, said = train(tmp_path, capsys, tiny_policy, data)
+    assert status == 2 and all(word in said for word in words), said
+
+
 # Answers that no reward can read
 
 
@@ -163,6 +183,9 @@ ANSWERS = {
     "list": '[{"name": "f", "parameters": {}}]',
     "not closed": "<think> t </think>\n<tool_call>\n",
     "other tags": "<tool_call>f(1)</tool_call>",
+    "fence": '```json\n{"name": "f", "arguments": {"a": 1}}\n```',
+    "Llama's tags": '<|python_tag|>{"name": "f", "parameters": {"a": 1}}',
+    "empty": " \n",
 }
 
 

@@ -467,10 +467,14 @@ def _baseline_of(arguments: argparse.Namespace, recipe: dict[str, Any], rows: li
 
 
 def _data_options(words: list[str]) -> dict[str, dict[str, Any]]:
+    from ..datasets._sources import data_suffix
+
     options: dict[str, dict[str, Any]] = {}
     for word in words:
         if Path(word).is_file():
             label, value = Path(word).stem, {"name": "prompts", "path": word}
+        elif "=" not in word and ("/" in word or data_suffix(Path(word))):
+            raise UsageError(f"--data is {word}, and there is no such file; NAME=PATH reads another data set.")
         else:
             label, value = _labelled(word, "--data", "path")
         if label in options:

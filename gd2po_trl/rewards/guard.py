@@ -4,6 +4,7 @@ import asyncio
 import functools
 import inspect
 import itertools
+import os
 import signal
 import threading
 import traceback
@@ -91,12 +92,18 @@ def required_arguments(reward_func: Callable, given: Collection[str]) -> list[st
 
 
 def refused_arguments(reward_func: Callable, given: Collection[str]) -> list[str]:
-    """Those of the arguments `given` that `reward_func` has no parameter for."""
+    """Those of the arguments `given` that `reward_func` cannot take by name."""
     parameters = _parameters(reward_func)
-    if not parameters or any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+    if not parameters:
         return []
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     by_name = {parameter.name for parameter in parameters if parameter.kind is not parameter.POSITIONAL_ONLY}
-    return [name for name in given if name not in by_name]
+    by_place = {
+        parameter.name
+        for parameter in parameters
+        if parameter.kind is parameter.POSITIONAL_ONLY and parameter.default is parameter.empty
+    }
+    return [name for name in given if name in by_place or not (takes_all or name in by_name)]
 
 
 def _names_parameter(reward_func: Callable, name: str) -> bool:
@@ -161,7 +168,7 @@ class RewardGuard:
         def called(*, prompts: list, **kwargs: Any) -> list[float | None]:
             try:
                 call = self._bound(reward_func, name, prompts=prompts, **kwargs)
-                with _leaving_caught():
+                with _directory_kept(), _leaving_caught():
                     values = call() if self.timeout is None else _call_with_timeout(call, self.timeout)
                 return check_rewards(values, len(prompts), name)
             except Exception as error:
@@ -196,7 +203,8 @@ class RewardGuard:
             arguments["log_extra"] = _checked_log_extra(arguments["log_extra"], name, count, self._names)
         if "log_metric" in arguments:
             arguments["log_metric"] = _checked_log_metric(arguments["log_metric"], name)
-        return functools.partial(reward_func, **arguments)
+        # A function that empties a list or edits a message must not change what the others and the log see.
+        return functools.partial(reward_func, **{key: _copied(value) for key, value in arguments.items()})
 
     async def _result_of(self, call: Callable[[], Coroutine], stays_here: bool) -> Any:
         coroutine = _left_as_error(call)
@@ -222,7 +230,7 @@ class RewardGuard:
                 "faster, or raise `reward_timeout`."
             )
         if isinstance(error, _Left):
-            kind, text = type(error.reason).__name__, str(error.reason)
+            kind, text = type(error.reason).__name__, _text_of(error.reason)
             hint = " by `exit()`, perhaps in code that it executes" if isinstance(error.reason, SystemExit) else ""
             return (
                 f"The reward function '{name}' raised {kind}{f': {text}' if text else ''}{hint}, which would have "
@@ -231,7 +239,8 @@ class RewardGuard:
         remedy = "A reward function must return None for a completion that it cannot score."
         if isinstance(error, TypeError):
             remedy = "It must take every argument that it is given by name, and return None where it cannot score."
-        return f"The reward function '{name}' raised {type(error).__name__}: {error}. {remedy}"
+        text = _text_of(error).rstrip(".")
+        return f"The reward function '{name}' raised {type(error).__name__}{f': {text}' if text else ''}. {remedy}"
 
     def _fail(self, message: str, num_completions: int, error: Exception) -> list[float | None]:
         cause = error.reason if isinstance(error, _Left) else error
@@ -272,6 +281,14 @@ class SilentRewards:
         return messages
 
 
+def _text_of(error: BaseException) -> str:
+    """What an exception says, in one line; its `__str__` is foreign code too."""
+    try:
+        return " ".join(str(error).split())
+    except Exception:
+        return ""
+
+
 class _TimeIsUp(Exception):
     """Ours, to tell it from a `TimeoutError` of the reward function's own."""
 
@@ -284,11 +301,19 @@ class _Left(Exception):
         self.reason = reason
 
 
+def _copied(value: Any) -> Any:
+    """Lists and the messages in them, copied; what they hold beside is shared."""
+    if isinstance(value, list):
+        is_deep = bool(value) and isinstance(value[0], (list, dict))
+        return [_copied(item) for item in value] if is_deep else list(value)
+    return dict(value) if isinstance(value, dict) else value
+
+
 def takes_no_kwargs(name: str, refused: Collection[str]) -> str:
     """What to say of a reward function that has no parameter for some of its arguments."""
     return (
         f"The reward function '{name}' cannot take {', '.join(refused)}, which every reward function is given by "
-        f"name. Let it take the arguments that it does not use: `def {name}(prompts, completions, **kwargs)`."
+        "name. Let it take the arguments that it does not use, as in `(prompts, completions, **kwargs)`."
     )
 
 
@@ -374,6 +399,21 @@ def _leaving_caught() -> Iterator[None]:
             signal.signal(signal.SIGINT, before)
     if pressed:
         raise pressed[0]
+
+
+@contextmanager
+def _directory_kept() -> Iterator[None]:
+    """Go back to the working directory that the run writes its files from, if a function leaves another behind."""
+    before = os.getcwd()
+    try:
+        yield
+    finally:
+        try:
+            stayed = os.getcwd() == before
+        except FileNotFoundError:  # it was removed, such as a temporary folder
+            stayed = False
+        if not stayed:
+            os.chdir(before)
 
 
 async def _left_as_error(call: Callable[[], Coroutine]) -> Any:

@@ -65,6 +65,12 @@ def _answer_required(func: Any) -> Callable:
     return func
 
 
+def _read_gold(text: Any) -> Gold:
+    if isinstance(text, str) and not text.strip():
+        raise ValueError("the ground truth is empty")
+    return parse_gold(text)
+
+
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
@@ -145,7 +151,7 @@ class _ScheduledReward:
         for text in answer:
             if isinstance(text, str) and text not in parsed:
                 try:
-                    parsed[text] = parse_gold(text)
+                    parsed[text] = _read_gold(text)
                 except ValueError:
                     parsed[text] = None
         return [parsed[text] if isinstance(text, str) else None for text in answer]
@@ -154,7 +160,7 @@ class _ScheduledReward:
         golds, unread = [], []
         for index, answer in enumerate(dataset["answer"]):
             try:
-                golds.append(parse_gold(answer))
+                golds.append(_read_gold(answer))
             except ValueError as error:
                 unread.append((index, error))
         rows = len(golds) + len(unread)
