@@ -125,6 +125,7 @@ class Update:
         self._stock_tokens = 0  # of a micro-batch as TRL pads it
         self._window: Window | None = None
         self._slots_of_step = 0
+        self._only_collects = False
         self._until_backward = ExitStack()
         # Log-probabilities and entropies of the micro-batch whose loss TRL computes.
         self._given: tuple[torch.Tensor, torch.Tensor | None] | None = None
@@ -267,7 +268,8 @@ class Update:
         started = time.perf_counter()
         accelerator = self.trainer.accelerator
         backward = accelerator.backward
-        accelerator.backward = lambda loss, **kwargs: backward(loss, **kwargs) if loss.requires_grad else None
+        self._only_collects = False
+        accelerator.backward = lambda loss, **kwargs: None if self._only_collects else backward(loss, **kwargs)
         try:
             # Gradient checkpointing runs layers again during the backward pass, by the attention of the forward pass.
             with self._until_backward:
@@ -300,6 +302,7 @@ class Update:
         is_last = trainer.accelerator.sync_gradients
         loss = torch.zeros((), device=trainer.accelerator.device)
         if slot not in window.ends and not is_last:
+            self._only_collects = True
             return loss
         due = [self._micro_batches[number] for number in window.pending]
         due = [micro_batch for micro_batch in due if micro_batch.num_rows]
@@ -314,6 +317,7 @@ class Update:
             # The optimizer must see the gradients of 0 that a full pass leaves, since it applies its momentum and
             # weight decay to them; and where processes synchronize gradients, each has to run a pass.
             loss = self._run_filler(model)
+        self._only_collects = not due and not is_last
         return loss
 
     def _plan(self, slot: int) -> Window:
