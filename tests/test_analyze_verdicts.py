@@ -61,6 +61,8 @@ def test_verdicts(columns, kind):
         kind in ("nothing_varies", "one_reward", "one_varies", "noise", "opposed")
     )
     assert report.to_dict()["verdict"]["kind"] == kind
+    if kind in ("one_varies", "noise"):
+        assert "dominates" not in kinds_of(report)
 
 
 def test_the_verdict_is_about_rollouts_with_an_advantage():

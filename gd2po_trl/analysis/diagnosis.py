@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from .statistics import Analysis, PairFigures, RewardFigures
+from .results import Analysis, PairFigures, RewardFigures
 from .wording import join, number, percent
 
 
@@ -240,7 +240,7 @@ def _per_reward(analysis: Analysis, verdict: Finding) -> Iterable[Finding]:
                 "it. Clip the reward before using weights of 1 / spread.",
             )
     dominating = _dominating(analysis)
-    if dominating is not None:
+    if dominating is not None and verdict.kind not in ("one_varies", "noise"):
         yield Finding(
             "dominates",
             [dominating.name],

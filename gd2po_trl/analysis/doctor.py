@@ -13,7 +13,8 @@ from .examples import Example, find_examples
 from .formats import Layout
 from .groups import Groups, find_groups
 from .reading import Rollouts, hash_texts, read_rollouts
-from .statistics import Analysis, measure, normalize
+from .results import Analysis
+from .statistics import measure, normalize
 from .summary import summarize
 from .weights import Weights, doubts, find_weights
 from .wording import join

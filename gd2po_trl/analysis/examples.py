@@ -8,7 +8,8 @@ from ..advantages import SIGN_EPS
 from ..terminal import shorten
 from .groups import Groups
 from .reading import Rollouts, read_texts
-from .statistics import RECENT, Analysis, Normalized
+from .results import Analysis
+from .statistics import RECENT, Normalized
 
 
 # Texts are cut in the middle to this many characters.

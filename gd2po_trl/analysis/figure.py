@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ..diagnostics import pair_name
 from ..terminal import printable
-from .statistics import CONSENSUS_BINS, Analysis, PairFigures
+from .results import CONSENSUS_BINS, Analysis, PairFigures
 
 
 INK, MUTED, GRID = "#1f2933", "#6b7785", "#dde2e8"

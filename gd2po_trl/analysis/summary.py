@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from .statistics import Analysis
+from .results import Analysis
 from .wording import interval, join, percent
 
 

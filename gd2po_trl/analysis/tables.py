@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from itertools import pairwise
 
-from .statistics import Analysis
+from .results import Analysis
 from .wording import number, percent
 
 
