@@ -3,6 +3,7 @@
 import io
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -67,6 +68,7 @@ def test_what_cannot_be_merged_is_said_before_anything_is_written(tiny_policy, a
     for arguments, message in (
         ([str(tiny_policy)], "a whole model"),
         ([str(tmp_path)], "no adapter"),
+        ([str(tmp_path / "nowhere")], "There is no folder"),
         ([str(broken)], "'no/where' .* cannot be loaded"),
         ([str(chained)], "an adapter itself"),
     ):
@@ -126,6 +128,9 @@ def test_a_file_of_prompts_gives_a_file_of_completions(tiny_policy, tmp_path, ca
     [
         (["--model", "nowhere", "--prompt", "a"], "no such folder"),
         (["--model", "some/where"], "which prompts"),
+        (["--model", "some/where", "--prompt", " "], "prompt 1 is empty"),
+        (["--model", str(Path(__file__).parent), "--prompt", "a"], "holds no model"),
+        (["--model", f"{Path(__file__).parent}/nowhere", "--prompt", "a"], "no such folder"),
         (["--model", "some/where", "--prompt", "a", "--num-samples", "2"], "needs a --temperature"),
         (["--model", "some/where", "--prompt", "a", "--temperature", "-1"], "0 or more"),
         (["--model", "some/where", "--prompt", "a", "--temperature", "nan"], "0 or more"),
@@ -223,7 +228,7 @@ def test_without_a_baseline_there_are_means_alone(run, capsys):
         (["--reward", "near"], "Unknown reward 'near'"),
         (["--baseline", "no/where"], "--baseline none"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
-        (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--data", "nowhere.jsonl"], "nowhere.jsonl, and there is no such file"),
     ],
 )
 def test_slips_are_found_before_the_model_runs(run, words, message):

@@ -305,6 +305,8 @@ def test_quickstart_refuses_a_slip_before_it_writes(tmp_path):
     output = tmp_path / "run"
     with pytest.raises(UsageError, match="max_step"):
         main(["--output", str(output), "--max_step", "2"])
+    with pytest.raises(UsageError, match="Unknown reward 'brevity'"):
+        main(["--output", str(output), "--reward_funcs", "correctness", "brevity"])
     with pytest.raises(UsageError, match="warmup-steps"):
         main(["--output", str(output), "--warmup-steps", "-1"])
     assert not output.exists()

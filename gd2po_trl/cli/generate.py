@@ -55,6 +55,9 @@ def main(argv: list[str]) -> int:
         from ..datasets import load_dataset_by_name
 
         prompts += list(load_dataset_by_name("prompts", arguments.prompts, limit=arguments.limit)["prompt"])
+    for number, prompt in enumerate(prompts, start=1):
+        if isinstance(prompt, str) and not prompt.strip():
+            raise UsageError(f"prompt {number} is empty.")
     generator, options = _load(arguments)
     inputs = [_as_input(generator, prompt, arguments) for prompt in prompts]
     options |= {"num_return_sequences": arguments.num_samples, "batch_size": arguments.batch_size}
@@ -136,8 +139,13 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     from transformers.generation import GenerationConfig
 
     name = arguments.model
-    if not Path(name).is_dir() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
+    folder = Path(name)
+    if not folder.is_dir() and (name.count("/") != 1 or name.startswith((".", "/", "~")) or folder.parent.is_dir()):
         raise UsageError(f"--model is '{name}', and there is no such folder.")
+    if folder.is_dir() and not any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
+        raise UsageError(
+            f"--model is '{name}', a folder without a config.json or adapter_config.json: it holds no model."
+        )
     set_seed(arguments.seed)
     try:
         generator = pipeline("text-generation", model=name, dtype=arguments.dtype)

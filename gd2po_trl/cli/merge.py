@@ -63,6 +63,8 @@ def merge(adapter: str, output: Path, *, base: str | None = None, dtype: str = "
     if folder.is_dir() and not (folder / "adapter_config.json").is_file():
         what = "a whole model, with nothing to merge" if (folder / "config.json").is_file() else "no adapter"
         raise UsageError(f"'{adapter}' holds {what}: there is no adapter_config.json in it.")
+    if not folder.is_dir() and (adapter.count("/") != 1 or folder.parent.is_dir()):
+        raise UsageError(f"There is no folder '{adapter}'.")
     try:
         base = base or PeftConfig.from_pretrained(adapter).base_model_name_or_path
     except (OSError, ValueError, TypeError, KeyError, json.JSONDecodeError) as error:

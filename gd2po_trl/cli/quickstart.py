@@ -52,6 +52,7 @@ def main(argv: list[str]) -> int:
 
     from ..quickstart.prepare import HELD_OUT_FILE, POLICY_FOLDER, TRAIN_FILE, prepare
     from ..recipe import load_recipe
+    from ..rewards import resolve_reward
 
     places = {
         "model_name_or_path": output / POLICY_FOLDER,
@@ -65,6 +66,8 @@ def main(argv: list[str]) -> int:
     with _plain_output():
         # Before the warm-up, so that a slip in the options shows at once.
         recipe = load_recipe(recipe_path(RECIPE), [*places_as_words, *overrides])
+        for label in recipe.arguments.reward_funcs:
+            resolve_reward(label, recipe.arguments.reward_kwargs.get(label))
         prepare(output, seed=arguments.seed, num_warmup_steps=arguments.warmup_steps)
         if arguments.prepare_only:
             print(f"Data and policy are in {output}.")

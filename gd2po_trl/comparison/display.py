@@ -49,7 +49,7 @@ class Display:
         )
         count = len(names) * seeds
         self.line(
-            f"{count} runs: {', '.join(names)}, each with {seeds} seed{'s' if seeds > 1 else ''}, {places}. Compared "
+            f"{count} run{'s' if count > 1 else ''}: {', '.join(names)}, each with {seeds} seed{'s' if seeds > 1 else ''}, {places}. Compared "
             f"with {experiment.baseline}. Logs and results go to {experiment.output}."
         )
         if experiment.learning_rates:
