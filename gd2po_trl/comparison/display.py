@@ -47,10 +47,10 @@ class Display:
             if experiment.devices
             else f"{experiment.jobs} at a time"
         )
-        count = len(names) * seeds
+        count, many = len(names) * seeds, "s" if seeds > 1 else ""
         self.line(
-            f"{count} run{'s' if count > 1 else ''}: {', '.join(names)}, each with {seeds} seed{'s' if seeds > 1 else ''}, {places}. Compared "
-            f"with {experiment.baseline}. Logs and results go to {experiment.output}."
+            f"{count} run{'s' if count > 1 else ''}: {', '.join(names)}, each with {seeds} seed{many}, {places}. "
+            f"Compared with {experiment.baseline}. Logs and results go to {experiment.output}."
         )
         if experiment.learning_rates:
             tuning = len(names) * len(experiment.learning_rates) * experiment.tuning_seeds
