@@ -197,16 +197,17 @@ BUDGET: dict[str, Estimator] = {
 # The same number of rollouts in the update, drawn from groups of 4, 8 and 16.
 EQUAL_COST: dict[str, Estimator] = {
     "gdpo": Estimator(GDPO),
+    "gdpo, 16 rollouts, budget 1/4": Estimator(GDPO, share=0.25, group_size=16),
     **{
-        f"{name}{way}": Estimator(settings, equal_units=units, share=share, choice=choice, group_size=size)
-        for name, settings, units in (("gdpo", GDPO, False), ("no division, equal units", NO_DIVISION, True))
-        for way, share, choice, size in (
-            ("", 1.0, "budget", 4),
-            (", 8 rollouts, budget 1/2", 0.5, "budget", 8),
-            (", 16 rollouts, budget 1/4", 0.25, "budget", 16),
-            (", 8 rollouts, PODS 1/2", 0.5, "variance", 8),
-            (", 16 rollouts, PODS 1/4", 0.25, "variance", 16),
-            (", 16 rollouts, largest 1/4", 0.25, "size", 16),
+        f"no division, equal units{way}": Estimator(
+            NO_DIVISION, equal_units=True, share=4 / size, choice=choice, group_size=size
+        )
+        for way, choice, size in (
+            ("", "budget", 4),
+            (", 8 rollouts, budget 1/2", "budget", 8),
+            (", 16 rollouts, budget 1/4", "budget", 16),
+            (", 16 rollouts, PODS 1/4", "variance", 16),
+            (", 16 rollouts, largest 1/4", "size", 16),
         )
     },
 }
@@ -268,8 +269,7 @@ def experiments() -> list[Experiment]:
                 ("K = 2, scales 3 : 0.5", Rewards((3.0, 0.5)), False),
             )
         ),
-        Experiment("Equal update cost: K = 3", three, EQUAL_COST),
-        Experiment("Equal update cost: K = 5", Rewards((1.0,) * 5), EQUAL_COST),
+        Experiment("K = 3, equal update cost", three, EQUAL_COST),
     ]
 
 
