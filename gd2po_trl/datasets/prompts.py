@@ -61,7 +61,7 @@ def load_prompts(path: str | None, split: str | None, *, drop_duplicates: bool =
 
 
 def render_conversations(
-    conversations: Sequence[list[dict[str, Any]]],
+    conversations: Sequence[Any],
     tokenizer: "PreTrainedTokenizerBase",
     *,
     rows: Sequence[int] | None = None,

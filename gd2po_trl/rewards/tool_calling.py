@@ -165,10 +165,10 @@ class _ScheduledReward:
                 unread.append((index, error))
         rows = len(golds) + len(unread)
         if unread:
-            index, error = unread[0]
+            index, reason = unread[0]
             message = (
                 f"The {self.name} reward cannot read {len(unread)} of {rows} answers in the column `answer` of the "
-                f"{what} and leaves those rows unscored. The first is row {index}: {error}."
+                f"{what} and leaves those rows unscored. The first is row {index}: {reason}."
             )
             if not golds:
                 raise UsageError(message)
