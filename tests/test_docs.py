@@ -240,7 +240,7 @@ def assert_gd2po_parses(words: list[str], tmp_path: Path, monkeypatch) -> None:
             return
         with pytest.raises(Parsed) as parsed:
             gd2po.main(words)
-    if command == "recipes" and hasattr(parsed.value.args[0], "name"):
+    if command == "recipes" and getattr(parsed.value.args[0], "action", None) in ("show", "copy"):
         recipe_path(parsed.value.args[0].name)
 
 
