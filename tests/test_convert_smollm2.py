@@ -107,6 +107,13 @@ def test_missing_package_is_named_with_what_installs_it(tmp_path, monkeypatch, m
     assert missing.replace("_", "-") in str(caught.value)
 
 
+def test_a_trained_policy_is_no_conversion(tmp_path):
+    for name in ("config.json", "model.safetensors", "tokenizer_config.json", "training_args.bin"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(UsageError, match="not a converted model"):
+        convert_smollm2.main(["--output", str(tmp_path)])
+
+
 def test_a_folder_with_other_files_is_left_alone(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UsageError, match="not a converted model"):

@@ -49,8 +49,9 @@ def main(argv: list[str]) -> int:
 
 
 def is_converted(folder: Path) -> bool:
-    """Whether `folder` holds a finished conversion."""
-    return all((folder / name).is_file() for name in ("config.json", "model.safetensors", "tokenizer_config.json"))
+    """Whether `folder` holds a finished conversion, and not a policy that was trained."""
+    files = ("config.json", "model.safetensors", "tokenizer_config.json")
+    return all((folder / name).is_file() for name in files) and not (folder / "training_args.bin").is_file()
 
 
 def find_gguf() -> Path:
