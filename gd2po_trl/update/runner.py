@@ -175,7 +175,7 @@ class Update:
                 loss_mask(joined),
                 tokens_with_gradient(joined, trainer.loss_type),
             )
-        if not self._agree(table is not None and table.is_plain):
+        if not self._agree(table is not None and table.is_plain) or table is None:
             logger.warning_once(
                 "Rollouts with advantage 0 are not left out of the update, and none are packed, where a batch carries "
                 f"{f'`{obstacle}`' if obstacle else 'more than text and one advantage per rollout'}."
@@ -321,9 +321,9 @@ class Update:
         return loss
 
     def _plan(self, slot: int) -> Window:
-        trainer = self.trainer
+        trainer, micro_batches = self.trainer, self._micro_batches or []
         left_of_step = max(trainer.current_gradient_accumulation_steps - self._slots_of_step, 1)
-        planned = self._micro_batches[slot : min(slot + left_of_step, trainer.args.steps_per_generation)]
+        planned = micro_batches[slot : min(slot + left_of_step, trainer.args.steps_per_generation)]
         tables = [micro_batch.table for micro_batch in planned]
         if self.packing_off is not None:
             ends = list(range(len(planned)))
@@ -425,13 +425,12 @@ class Update:
                 results += self._run_packed(model, [part], stack)
         for _ in range(int(self._gather(torch.tensor([len(forwards)])).max()) - len(forwards)):
             self._run_filler(model)
-        logps = input_ids.new_zeros(completion_ids.shape, dtype=torch.float32)
-        entropies = logps.clone() if compute_entropy else None
+        logps, entropies = torch.zeros(2, *completion_ids.shape, device=input_ids.device)
         for rows, (some_logps, some_entropies) in zip(forwards, results, strict=True):
             logps[rows.to(logps.device)] = some_logps.float()
             if compute_entropy:
                 entropies[rows.to(logps.device)] = some_entropies.float()
-        return logps, entropies, None
+        return logps, entropies if compute_entropy else None, None
 
     def _check(
         self, model: torch.nn.Module, prompt_ids: torch.Tensor, completion_ids: torch.Tensor, table: RowTable
@@ -451,7 +450,7 @@ class Update:
         on_device = rows.to(prompt_ids.device)
         prompt_ids, completion_ids = prompt_ids[on_device], completion_ids[on_device]
         was_training = model.training
-        problem, values = "", {}
+        problem, values = "", dict[str, float]()
         model.eval()
         try:
             with torch.no_grad(), ExitStack() as stack:
