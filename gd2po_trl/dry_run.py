@@ -100,7 +100,6 @@ def dry_run(recipe: Recipe, completions: str | None = None) -> str:
     """
     from accelerate import PartialState
     from transformers import AutoConfig
-    from trl import GRPOTrainer
 
     arguments, training = recipe.arguments, recipe.training
     rewards = resolve_rewards(recipe)
@@ -111,9 +110,9 @@ def dry_run(recipe: Recipe, completions: str | None = None) -> str:
     dataset, evaluation = load_datasets(recipe)
     processes = PartialState().num_processes
     with one_clear_error():
-        call = inspect.signature(GRPOTrainer).bind("", rewards, args=training, train_dataset=dataset)
-        call.arguments["eval_dataset"] = evaluation
-        check_before_loading(call)
+        check_before_loading(
+            {"reward_funcs": rewards, "args": training, "train_dataset": dataset, "eval_dataset": evaluation}
+        )
     tokenizer = load_tokenizer(recipe, dataset)
     name, revision = whole_model(recipe)
     config = AutoConfig.from_pretrained(name, revision=revision)

@@ -1,6 +1,5 @@
 """GD²PO as a drop-in subclass of TRL's `GRPOTrainer`."""
 
-import inspect
 import math
 import textwrap
 from functools import partial
@@ -10,7 +9,7 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather, gather_object
 from torch import nn
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig
 
 from .advantages import AdvantageBreakdown, compute_advantages
 from .collapse import CollapseWatch, collapse_statistics
@@ -92,7 +91,16 @@ class GD2POTrainer(PatchedGRPOTrainer):
             args = GD2POConfig(f"{model_id.rstrip('/').split('/')[-1] or 'model'}-GD2PO")
         elif is_plain_grpo_config:
             args = GD2POConfig.from_grpo_config(args)
-        check_before_loading(inspect.signature(GRPOTrainer).bind(model, reward_funcs, args, *positional, **kwargs))
+        # By name, since another package may have wrapped TRL's trainer in one that takes `*args`.
+        check_before_loading(
+            {
+                "model": model,
+                "reward_funcs": reward_funcs,
+                "args": args,
+                **dict(zip(("train_dataset", "eval_dataset"), positional, strict=False)),
+                **kwargs,
+            }
+        )
 
         super().__init__(model, reward_funcs, args, *positional, **kwargs)
         check_trainable(self.model)
@@ -269,5 +277,7 @@ class GD2POTrainer(PatchedGRPOTrainer):
         return super()._compute_loss(model, inputs) if loss is None else loss
 
     def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
+        if self._update.is_off:
+            return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
         computed = self._update.log_probs(model, *args, **kwargs)
         return super()._get_per_token_logps_and_entropies(model, *args, **kwargs) if computed is None else computed

@@ -1,6 +1,5 @@
 """Mistakes in the arguments of a trainer that TRL would only notice after loading models, or not at all."""
 
-import inspect
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -21,9 +20,8 @@ OUR_REWARD_ARGUMENTS = ("prefill",)
 UNPASSED_COLUMNS = ("prompt", "completion", "completion_ids")
 
 
-def check_before_loading(call: inspect.BoundArguments) -> None:
-    """Find mistakes in the arguments of `GRPOTrainer` that it would only notice after loading models."""
-    arguments = call.arguments
+def check_before_loading(arguments: dict[str, Any]) -> None:
+    """Find mistakes in the arguments of `GRPOTrainer`, by name, that it would only notice after loading models."""
     reward_funcs, args = arguments.get("reward_funcs"), arguments["args"]
     dataset = arguments.get("train_dataset")
     adds_rewards = arguments.get("environment_factory") is not None

@@ -1,5 +1,6 @@
 """Where rollouts without advantage are trained all the same, and where rollouts are padded: the reasons, in words."""
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,11 +26,11 @@ DECISIVE_ATTRIBUTES = ("beta", "entropy_coef", "top_entropy_quantile", "aux_loss
 def reason_to_train_all_rows(trainer: "GD2POTrainer") -> str | None:
     """Why leaving out rollouts without advantage would not give the same gradient, or `None` where it does."""
     args = trainer.args
-    missing = _missing_attribute(trainer)
+    unknown = _unknown_trainer(trainer)
     if not args.skip_zero_advantage_rows:
         return "`skip_zero_advantage_rows` is off"
-    if missing is not None:
-        return missing
+    if unknown is not None:
+        return unknown
     if trainer.beta != 0.0:
         return "`beta` is not 0, so that the KL term trains every rollout"
     if trainer.entropy_coef != 0.0 or args.use_adaptive_entropy:
@@ -48,11 +49,11 @@ def reason_to_train_all_rows(trainer: "GD2POTrainer") -> str | None:
 def reason_not_to_pack(trainer: "GD2POTrainer") -> str | None:
     """Why rollouts cannot be packed, as far as it shows before the first forward pass, or `None`."""
     args = trainer.args
-    missing = _missing_attribute(trainer)
+    unknown = _unknown_trainer(trainer)
     if not args.packed_update:
         return "`packed_update` is off"
-    if missing is not None:
-        return missing
+    if unknown is not None:
+        return unknown
     if not hasattr(trl_module, "add_fused_lm_head"):
         return "this version of TRL has no fused head (1.16 has)"
     if args.use_adaptive_entropy:
@@ -71,10 +72,16 @@ def reason_not_to_pack(trainer: "GD2POTrainer") -> str | None:
     return unsupported_adapter(unwrapped) or unsupported_config(base_model(unwrapped).config)
 
 
-def _missing_attribute(trainer: "GD2POTrainer") -> str | None:
+def _unknown_trainer(trainer: "GD2POTrainer") -> str | None:
     missing = [name for name in DECISIVE_ATTRIBUTES if not hasattr(trainer, name)]
     missing += [name for name in ("use_adaptive_entropy", "use_liger_kernel") if not hasattr(trainer.args, name)]
-    return f"this version of TRL does not tell its `{missing[0]}`" if missing else None
+    if missing:
+        return f"this version of TRL does not tell its `{missing[0]}`"
+    # Unsloth puts a loss of its own in the place of the one that calls `_compute_loss`, where both act.
+    code = getattr(inspect.unwrap(type(trainer).compute_loss), "__code__", None)
+    if code is None or "_compute_loss" not in code.co_names:
+        return "another package has replaced TRL's loss, and what it computes is not known here"
+    return None
 
 
 def unsupported_config(config: "PreTrainedConfig") -> str | None:

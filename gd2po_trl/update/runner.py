@@ -132,6 +132,11 @@ class Update:
         self._postpones_old_logps = self._old_logps_missing = False
         self._preparation_time = self._update_time = 0.0
 
+    @property
+    def is_off(self) -> bool:
+        """Whether TRL trains all rollouts, padded, by itself."""
+        return self.skipping_off is not None and self.packing_off is not None
+
     # A generation batch
 
     @contextmanager
@@ -160,8 +165,7 @@ class Update:
     def _prepare(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
         trainer, args = self.trainer, self.trainer.args
         self._micro_batches = self._window = None
-        is_active = self.skipping_off is None or self.packing_off is None
-        if not is_active and not args.keep_prompts_together:
+        if self.is_off and not args.keep_prompts_together:
             return batches
         size = len(batches[0]["advantages"])
         obstacle = next((entry for batch in batches if (entry := unsupported_entry(batch)) is not None), None)
@@ -202,7 +206,7 @@ class Update:
             self._micro_batch_of(joined, table, part, trains[part], count)
             for part, count in zip(parts, counts.tolist(), strict=True)
         ]
-        if is_active:
+        if not self.is_off:
             self._micro_batches = micro_batches
         return [micro_batch.batch for micro_batch in micro_batches]
 
