@@ -1,4 +1,4 @@
-"""Two and three gloo processes against one, by DDP and by FSDP2: the same advantages, metrics, table, parameters."""
+"""Several gloo processes against one, by DDP and by FSDP2: the same advantages, metrics, table and parameters."""
 
 import json
 import os
@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 
 SCRIPTS = Path(__file__).parent / "distributed"
+SEVERAL = (2, 3, 4)
 
 
 def launch(output: Path, policy: Path, processes: int, *options: str, script="scripted_run.py", expect_failure=False):
@@ -39,14 +40,14 @@ def results(output: Path):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, tiny_policy):
-    """The same scripted runs on one process, on two and on three."""
-    folders = {processes: tmp_path_factory.mktemp(f"on_{processes}") for processes in (1, 2, 3)}
+    """The same scripted runs on one process and on several."""
+    folders = {processes: tmp_path_factory.mktemp(f"on_{processes}") for processes in (1, *SEVERAL)}
     for processes, folder in folders.items():
         launch(folder, tiny_policy, processes)
     return folders
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", SEVERAL)
 @pytest.mark.parametrize("name", list(CONFIGURATIONS))
 def test_several_processes_equal_one(runs, name, processes):
     history_one, table_one, parameters_one = results(runs[1] / name)

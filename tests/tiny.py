@@ -57,9 +57,9 @@ def save_tiny_policy(folder: Path, seed: int = 0, **overrides) -> Path:
     return folder
 
 
-def save_tiny_reward_model(folder: Path, seed: int = 1) -> Path:
+def save_tiny_reward_model(folder: Path, seed: int = 1, **overrides) -> Path:
     torch.manual_seed(seed)
-    LlamaForSequenceClassification(tiny_config(num_labels=1)).save_pretrained(folder)
+    LlamaForSequenceClassification(tiny_config(num_labels=1, **overrides)).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
 

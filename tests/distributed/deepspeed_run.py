@@ -1,36 +1,70 @@
 """
-Runs of `test_deepspeed.py`: scripted rollouts on two CPU processes under DeepSpeed ZeRO.
+Runs of `test_deepspeed.py` under DeepSpeed on two CPU processes, with the settings that `accelerate launch` hands to
+them from `recipes/accelerate_configs/deepspeed_zero2.yaml` or `deepspeed_zero3.yaml` (but for bfloat16).
 
-Usage: `python -m torch.distributed.run --nproc-per-node 2 deepspeed_run.py POLICY OUTPUT_FOLDER --stage 3`
+Usage: `DS_ACCELERATOR=cpu python -m torch.distributed.run --nproc-per-node 2 deepspeed_run.py POLICY OUTPUT --zero 2`
 """
 
 import argparse
 import os
+import shutil
 from pathlib import Path
 
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils.launch import prepare_deepspeed_cmd_env
+from scripted_run import CONFIGURATIONS, REWARDS, ScriptedRollouts, run
+from test_accelerate_configs import FILES, parsed
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("policy")
-    parser.add_argument("output", type=Path)
-    parser.add_argument("--stage", choices=["2", "3"], required=True)
-    arguments = parser.parse_args()
-    # As `accelerate launch` sets them; before anything imports accelerate.
-    os.environ |= {
-        "DS_ACCELERATOR": "cpu",
-        "ACCELERATE_USE_DEEPSPEED": "true",
-        "ACCELERATE_DEEPSPEED_ZERO_STAGE": arguments.stage,
-        "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
-    }
-    from scripted_run import CONFIGURATIONS, REWARDS, ScriptedRollouts, run
+from gd2po_trl.checkpoints import checkpoint_to_resume
 
+
+# DeepSpeed finds the CPU by itself; told to use it, accelerate would not start DeepSpeed.
+ON_CPU = {"use_cpu": False}
+
+
+def turn_on(stage: int) -> None:
+    name = f"deepspeed_zero{stage}"
+    arguments = parsed(name, "--num_processes", "2", "--mixed_precision", "no")
+    # `accelerate launch` sets it from the file.
+    arguments.deepspeed_fields_from_accelerate_config = ",".join(
+        load_config_from_file(str(FILES[name])).deepspeed_config
+    )
+    _, launched = prepare_deepspeed_cmd_env(arguments)
+    os.environ.update({name: value for name, value in launched.items() if name.startswith("ACCELERATE")})
+
+
+def check(trainer, stage: int) -> None:
+    assert trainer.is_deepspeed_enabled and trainer.accelerator.num_processes == 2
+    assert trainer.model_wrapped.zero_optimization_stage() == stage
+    if stage == 3:
+        parameters = [parameter for parameter in trainer.model.parameters() if parameter.ds_numel > 1]
+        assert all(parameter.numel() == 0 for parameter in parameters)
+
+
+def main(policy: str, output: Path, stage: int) -> None:
+    turn_on(stage)
     for name, overrides in CONFIGURATIONS.items():
-        trainer = run(
-            arguments.policy, arguments.output / name, REWARDS, ScriptedRollouts(), use_cpu=False, **overrides
-        )
-        assert trainer.is_deepspeed_enabled and trainer.accelerator.num_processes == 2
-        assert trainer.accelerator.state.deepspeed_plugin.zero_stage == int(arguments.stage)
+        check(run(policy, output / name, REWARDS, ScriptedRollouts(), **ON_CPU, **overrides), stage)
+
+    sampled = {"num_generations": 4, "optim": "adamw_torch", "learning_rate": 1e-2, **ON_CPU}
+    sampled |= {"save_strategy": "steps", "save_steps": 2}
+    trainer = run(policy, output / "sampled", REWARDS, **sampled)
+    check(trainer, stage)
+    trainer.save_model(str(output / "saved"))
+    if trainer.is_world_process_zero():
+        shutil.copytree(output / "sampled" / "checkpoint-2", output / "resumed" / "checkpoint-2")
+    trainer.accelerator.wait_for_everyone()
+    run(policy, output / "resumed", REWARDS, resume=checkpoint_to_resume("latest", output / "resumed"), **sampled)
+
+    adapter = run(policy, output / "lora", REWARDS, ScriptedRollouts(), lora=True, num_generations=4, **ON_CPU)
+    check(adapter, stage)
+    adapter.save_model(str(output / "saved_adapter"))
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("policy")
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--zero", type=int, choices=(2, 3), required=True)
+    arguments = parser.parse_args()
+    main(arguments.policy, arguments.output, arguments.zero)

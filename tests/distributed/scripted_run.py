@@ -15,10 +15,11 @@ from gd2po_trl import GD2POTrainer
 GLOBAL_BATCH = 24
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 RANK = int(os.environ.get("RANK", 0))
-# Each of two processes holds 12 of 24 rollouts, so that a group of 8 is split between them; of three, 8.
+# Each of two processes holds 12 of 24 rollouts, each of three 8: a group of 8 is split, one of 24 over all of them.
 CONFIGURATIONS = {
     "groups_of_4": {"num_generations": 4},
     "groups_of_8": {"num_generations": 8},
+    "one_group": {"num_generations": 24},
     "groups_of_8_all_rows": {"num_generations": 8, "skip_zero_advantage_rows": False},
     "budget": {"num_generations": 8, "conflict_filter": None, "update_share": 0.4},
     # A group over two processes, or over three; every rollout has a gradient, and a reference is asked for.
