@@ -64,7 +64,8 @@ $(VENV)-vllm/.installed: setup.cfg constraints.txt
 	$(VENV)-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
-# DeepSpeed on CPU processes, in an environment of its own. Its first run compiles DeepSpeed's communication for the CPU.
+# DeepSpeed on CPU processes, in an environment of its own. Processes that compile its communication at the same time get
+# in each other's way, so that this is done once before.
 test-deepspeed: $(VENV)-deepspeed/.installed
 	PATH="$(CURDIR)/$(VENV)-deepspeed/bin:$$PATH" HF_HUB_OFFLINE=1 $(VENV)-deepspeed/bin/python -m pytest -s tests/test_deepspeed.py
 
@@ -74,6 +75,8 @@ $(VENV)-deepspeed/.installed: setup.cfg constraints.txt
 	$(VENV)-deepspeed/bin/pip install --quiet -c constraints.txt torch
 	$(VENV)-deepspeed/bin/pip install --quiet -c constraints.txt -e '.[test]' wheel setuptools hjson msgpack py-cpuinfo einops ninja
 	DS_BUILD_OPS=0 $(VENV)-deepspeed/bin/pip install --quiet --no-deps --no-build-isolation deepspeed
+	PATH="$(CURDIR)/$(VENV)-deepspeed/bin:$$PATH" DS_ACCELERATOR=cpu $(VENV)-deepspeed/bin/python -c \
+		'from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder; ShareMemCommBuilder().load(verbose=False)'
 	touch $@
 
 clean:

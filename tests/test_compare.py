@@ -15,7 +15,7 @@ from filelock import FileLock
 
 from gd2po_trl.cli.compare import main
 from gd2po_trl.comparison import compare
-from gd2po_trl.comparison.running import Run, _Process, run_all
+from gd2po_trl.comparison.running import Run, _Process, launched_processes, run_all
 from gd2po_trl.comparison.variants import (
     LADDER,
     MATCHED_WHITENING,
@@ -242,6 +242,10 @@ def test_secrets_are_masked_in_what_is_written(words, expected):
         (["--ranges", "lo=0:1"], "none of the rewards"),
         (["--ranges", "low=0-1"], "write REWARD=LOW:HIGH"),
         (["--devices", "0", "0"], "names a device twice"),
+        (["--launch", "--num_proceses 2 --multi_gpu"], "--num_proceses"),
+        (["--launch=--multi_gpu"], "--num_processes N, or --config_file FILE"),
+        (["--launch", "--config_file missing.yaml"], "missing.yaml"),
+        (["--launch", "--num_processes 2 -m gd2po_trl.cli train"], "names a script"),
         (["--measure", "eval"], "grpo: `eval_strategy` is 'no'"),
         (["--measure", "eval", "--set", 'eval_dataset={"hh_rlhf": {}}'], r"holds several sets \(hh_rlhf\)"),
         (["--variant", "x", "gdpo", "reward_funcs=low"], r"x has the rewards low, and grpo has low, spread"),
@@ -321,6 +325,39 @@ def test_a_real_comparison(recipe, tmp_path, capsys):
     frame = results.to_frame()
     assert frame[(frame.method == "gdpo") & (frame.quantity == "low")]["mean"].item() == pytest.approx(logged[1])
     assert results.verdict in results.report and results._repr_markdown_() == results.report
+
+
+def test_runs_of_several_processes(recipe, tmp_path):
+    """`--multi_gpu` starts gloo processes where there is no GPU."""
+    command = ["--config", str(recipe), "--methods", "gdpo", "--seeds", "1", "--set", "per_device_train_batch_size=4"]
+    command += ["--set", "ddp_backend=gloo", "--launch", "--multi_gpu --num_processes 2 --mixed_precision no"]
+    assert main([*command, "--output", str(tmp_path / "out")]) == 0
+    (run,) = json.loads((tmp_path / "out/results.json").read_text())["runs"]
+    folder = tmp_path / "out/runs/gdpo/seed-1"
+    state = json.loads((folder / "trainer_state.json").read_text())
+    assert state["global_step"] == 2
+    # Two processes of 4 rollouts, 2 steps.
+    assert run["total"]["rollouts"] == 16 if "rollouts" in run["total"] else run["total"]["tokens"] > 0
+    assert "accelerate.commands.launch" in (folder / "run.json").read_text()
+
+
+def test_how_many_processes_are_launched():
+    files = Path(__file__).resolve().parents[1] / "recipes" / "accelerate_configs"
+    assert launched_processes([]) == 1
+    assert launched_processes(["--config_file", str(files / "fsdp2.yaml")]) == 8
+    assert launched_processes(["--config_file", str(files / "fsdp2.yaml"), "--num_processes", "2"]) == 2
+
+
+def test_a_stopped_run_ends_what_it_started(stub_run):
+    run = stub_run("parent", "wait")
+    script = run.folder.parent / "parent.py"
+    script.parent.mkdir(parents=True)
+    script.write_text(f"import subprocess; subprocess.run({list(run.command)!r})")
+    process = _Process(Run(run.variant, 1, run.folder, (sys.executable, str(script)), {}), None)
+    wait_for(lambda: starts(run) == 1)
+    (child,) = psutil.Process(process.child.pid).children()
+    process.stop()
+    assert not child.is_running() and process.child.poll() is not None
 
 
 def test_python_and_the_command_line_give_the_same_words():

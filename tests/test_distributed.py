@@ -77,10 +77,9 @@ def assert_trained_alike(one: dict, two: dict) -> None:
     assert any(not torch.equal(value, one["before"][parameter]) for parameter, value in one["after"].items())
 
 
-def test_three_processes_draw_what_one_does(runs, tmp_path, tiny_policy):
-    launch(tmp_path, tiny_policy, 3, "--only", "budget")
+def test_three_processes_draw_what_one_does(runs):
     history_one, _, parameters_one = results(runs[1] / "budget")
-    history_three, _, parameters_three = results(tmp_path / "budget")
+    history_three, _, parameters_three = results(runs[3] / "budget")
     for metric in ("gd2po/drawn_ratio", "gd2po/trained_rows", "gd2po/budget_noise"):
         values_one, values_three = ([entry[metric] for entry in log[:-1]] for log in (history_one, history_three))
         assert values_three == pytest.approx(values_one, abs=1e-6), metric

@@ -53,6 +53,7 @@ def main(argv: list[str]) -> int:
         match_whitening=arguments.match_whitening,
         jobs=arguments.jobs,
         devices=arguments.devices,
+        launch=tuple(shlex.split(arguments.launch)),
         output=arguments.output,
         caption=f"gd2po compare {shlex.join(mask_secrets(argv))}",
     )
@@ -126,6 +127,12 @@ def _parser() -> argparse.ArgumentParser:
     at_once.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at the same time (default: 1)")
     at_once.add_argument(
         "--devices", nargs="+", default=[], metavar="ID", help="CUDA devices: one run at a time on each of them"
+    )
+    parser.add_argument(
+        "--launch",
+        default="",
+        metavar="WORDS",
+        help="start each run by `accelerate launch WORDS`, as --launch='--config_file fsdp2.yaml'",
     )
     parser.add_argument(
         "--output",

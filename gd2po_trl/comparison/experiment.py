@@ -1,6 +1,7 @@
 """A comparison from its first run to its report: `compare` in Python, `gd2po compare` on a terminal."""
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UsageError
 from .curves import Curves, read_curves
 from .results import Results, evaluate
-from .running import Outcome, Run, run_all, train_command
+from .running import Outcome, Run, launched_processes, run_all, train_command
 from .variants import LADDER, MATCHED_WHITENING, Variant, check_variants, option_words
 
 
@@ -35,6 +36,7 @@ def compare(
     match_whitening: bool = False,
     jobs: int = 1,
     devices: Sequence[str] = (),
+    launch: str = "",
     output: str | Path = "outputs/comparison",
 ) -> Results:
     """
@@ -68,6 +70,9 @@ def compare(
             Add variants that tell filter, consensus weight and whitening apart.
         jobs (`int`, *optional*, defaults to 1): Runs at the same time.
         devices (sequence of `str`, *optional*): CUDA devices, with one run at a time on each; `jobs` is not used.
+        launch (`str`, *optional*):
+            Words for `accelerate launch`, which then starts each run, such as
+            `"--config_file recipes/accelerate_configs/fsdp2.yaml"`.
         output (`str` or `Path`, *optional*, defaults to `"outputs/comparison"`): Folder of the runs and the report.
 
     Returns:
@@ -95,6 +100,7 @@ def compare(
         match_whitening=match_whitening,
         jobs=jobs,
         devices=list(devices),
+        launch=tuple(shlex.split(launch)),
         output=Path(output),
         caption=f"compare({str(config)!r}, seeds={seeds})",
     )
@@ -121,6 +127,7 @@ class Experiment:
     match_whitening: bool = False
     jobs: int = 1
     devices: list[str] = field(default_factory=list)
+    launch: tuple[str, ...] = ()
     output: Path = Path("outputs/comparison")
     caption: str = ""
 
@@ -128,6 +135,7 @@ class Experiment:
         from ..recipe import load_recipe
 
         self._check()
+        self.processes = launched_processes(self.launch)
         names = [variant.name for variant in self.variants]
         self.baseline = self.baseline or ("gdpo" if "gdpo" in names else names[0])
         if self.baseline not in names:
@@ -293,7 +301,7 @@ class Experiment:
             settings["learning_rate"] = learning_rate
             overrides += ["--learning_rate", repr(learning_rate)]
         folder = parent / f"seed-{seed}"
-        command = train_command(self.config, variant, seed, folder, overrides)
+        command = train_command(self.config, variant, seed, folder, overrides, self.launch)
         return Run(variant, seed, folder, command, json.loads(json.dumps(settings, default=str)))
 
     def _train(self, runs: list[Run], display: Any) -> dict[Path, tuple[Outcome, Curves | None]]:
@@ -302,7 +310,7 @@ class Experiment:
         result: dict[Path, tuple[Outcome, Curves | None]] = {}
         for outcome in outcomes:
             training = self.recipes[outcome.run.variant.name].training
-            rollouts = training.per_device_train_batch_size * training.gradient_accumulation_steps
+            rollouts = training.per_device_train_batch_size * training.gradient_accumulation_steps * self.processes
             curves = None
             if outcome.state is not None:
                 try:

@@ -8,7 +8,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -96,13 +98,52 @@ class Progress:
 
 
 def train_command(
-    config: Path, variant: Variant, seed: int, folder: Path, overrides: Sequence[str]
+    config: Path, variant: Variant, seed: int, folder: Path, overrides: Sequence[str], launch: Sequence[str] = ()
 ) -> tuple[str, ...]:
-    """The command line of a run; a run that was killed goes on from its newest checkpoint, if it has any."""
+    """
+    The command line of a run; a run that was killed goes on from its newest checkpoint, if it has any.
+
+    With words for `accelerate launch` it starts the run's processes, on a free port, since several runs may train at
+    the same time.
+    """
     own = ("--method", variant.method, "--seed", str(seed), "--output_dir", str(folder))
     resume = ("--resume_from_checkpoint", "latest")
     words = (*overrides, *variant.overrides, *own, *resume)
-    return (sys.executable, "-m", "gd2po_trl.cli", "train", "--config", str(config), *words)
+    train = ("-m", "gd2po_trl.cli", "train", "--config", str(config), *words)
+    if not launch:
+        return (sys.executable, *train)
+    port = () if "--main_process_port" in launch else ("--main_process_port", "0")
+    return (sys.executable, "-m", "accelerate.commands.launch", *port, *launch, *train)
+
+
+def launched_processes(launch: Sequence[str]) -> int:
+    """
+    How many processes train together when `accelerate launch` is given these words; 1 for none.
+
+    Raises:
+        [`UsageError`]: if it does not take them, or its configuration file is missing.
+    """
+    if not launch:
+        return 1
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
+
+    try:
+        with redirect_stderr(StringIO()) as said:
+            arguments = launch_command_parser().parse_args([*launch, "script.py"])
+    except SystemExit as error:
+        reason = said.getvalue().strip().splitlines()[-1:] or ["it takes no script"]
+        raise UsageError(f"--launch: `accelerate launch` does not take '{shlex.join(launch)}': {reason[0]}") from error
+    if arguments.training_script_args or arguments.module:
+        raise UsageError(f"--launch '{shlex.join(launch)}' names a script; the comparison adds its own.")
+    if arguments.num_processes is not None:
+        return arguments.num_processes
+    if arguments.config_file is None:
+        raise UsageError("--launch: say how many processes: --num_processes N, or --config_file FILE.")
+    try:
+        return load_config_from_file(arguments.config_file).num_processes
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--launch: '{arguments.config_file}' cannot be read: {error}") from error
 
 
 def run_all(
@@ -227,13 +268,19 @@ class _Process:
         return f"{seconds:.0f} s" if not outcome.failure else f"FAILED after {seconds:.0f} s, {outcome.failure}"
 
     def stop(self) -> None:
-        if self.child is not None and self.child.poll() is None:
-            self.child.terminate()
-            try:
-                self.child.wait(timeout=20)
-            except subprocess.TimeoutExpired:
-                self.child.kill()
-                self.child.wait()
+        if self.child is None or self.child.poll() is not None:
+            return
+        # `accelerate launch` does not always end what it started.
+        process = psutil.Process(self.child.pid)
+        family = [*process.children(recursive=True), process]
+        for member in family:
+            with suppress(psutil.NoSuchProcess):
+                member.terminate()
+        _, alive = psutil.wait_procs(family, timeout=20)
+        for member in alive:
+            with suppress(psutil.NoSuchProcess):
+                member.kill()
+        self.child.wait()
 
 
 def _process_left_behind(run: Run) -> psutil.Process | None:
