@@ -330,7 +330,7 @@ def test_a_real_comparison(recipe, tmp_path, capsys):
 def test_runs_of_several_processes(recipe, tmp_path):
     """`--multi_gpu` starts gloo processes where there is no GPU."""
     command = ["--config", str(recipe), "--methods", "gdpo", "--seeds", "1", "--set", "per_device_train_batch_size=4"]
-    command += ["--set", "ddp_backend=gloo", "--launch", "--multi_gpu --num_processes 2 --mixed_precision no"]
+    command += ["--launch", "--multi_gpu --num_processes 2 --mixed_precision no"]
     assert main([*command, "--output", str(tmp_path / "out")]) == 0
     (run,) = json.loads((tmp_path / "out/results.json").read_text())["runs"]
     folder = tmp_path / "out/runs/gdpo/seed-1"
