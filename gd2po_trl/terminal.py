@@ -18,10 +18,12 @@ def make_console(**options) -> "Console":
     """
     A console for text that may come from a model: nothing in it is markup, an emoji code or a number to color.
 
-    In a notebook it prints plain text.
+    In a notebook it prints plain text. Jupyter's kernel asks for colors, which rich would take for a terminal.
     """
     from rich.console import Console
 
+    if not sys.stdout.isatty():
+        options.setdefault("force_terminal", False)
     return Console(markup=False, emoji=False, highlight=False, force_jupyter=False, **options)
 
 

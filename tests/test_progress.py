@@ -12,7 +12,7 @@ from gd2po_trl import GD2POTrainer
 from gd2po_trl.cli.train import print_end
 from gd2po_trl.progress import RewardProgress, print_change
 from gd2po_trl.run_log import reward_names, training_change
-from gd2po_trl.terminal import _Once, duration, fill, make_table, number
+from gd2po_trl.terminal import _Once, duration, fill, make_console, make_table, number
 
 
 def console(width: int = 80, terminal: bool = False) -> Console:
@@ -118,6 +118,14 @@ def test_a_table_breaks_no_word():
     screen = console(width=60)
     screen.print(table)
     assert all(f" {name} " in screen.file.getvalue() for name in names)
+
+
+def test_what_is_no_terminal_gets_plain_text(monkeypatch, capsys):
+    # Jupyter's kernel sets this.
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert not make_console().is_terminal
+    make_console().print(make_table("title", ["a"], [["b"]]))
+    assert "\x1b" not in capsys.readouterr().out
 
 
 def test_a_warning_is_shown_once():
