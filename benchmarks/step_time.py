@@ -1,22 +1,33 @@
 """
-Time and peak memory of a training step: ours against TRL's `GRPOTrainer`, on the same model and completions.
+What an update costs: ours against TRL's `GRPOTrainer`, on the same model, rollouts and advantages.
 
-Both trainers run in turn, step by step, with a controlled share of rollouts whose advantage is 0; the learning rate is
-0, so that they stay the same. "Update" is a whole optimizer step less generation and scoring.
+Columns: skipping rollouts of advantage 0 alone, packing alone, and both. Rows: lengths, rollouts per prompt (64
+rollouts at each), rows per micro-batch, LoRA and full fine-tuning, and the share of rollouts whose advantage is 0, by
+group or at random. Generation costs nothing, since the rollouts are given; the learning rate is 0, so that the trainers
+stay the same.
 
-    python benchmarks/step_time.py                  # a few minutes; writes benchmarks/results/step_time-cpu.json
-    python benchmarks/step_time.py --device cuda    # a larger model in bfloat16
+    python benchmarks/step_time.py                  # writes benchmarks/results/step_time-cpu.json
+    python benchmarks/step_time.py --set full --scale 0.5 --rounds 5    # every combination, at half the lengths
+    python benchmarks/step_time.py --device cuda    # a larger model in bfloat16, whole lengths
+
+Every setting runs in a fresh process, in which the trainers take steps in turn. Time is CPU time of the process
+(wall time on a GPU). A ratio is the median of the ratios within a round. The cost of a step in which every rollout is
+dropped is taken off both sides first.
 """
 
 import argparse
 import ctypes
 import gc
+import itertools
 import json
+import math
+import multiprocessing
 import platform
 import statistics
 import tempfile
 import time
-from dataclasses import dataclass, field
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -25,112 +36,200 @@ import trl
 from datasets import Dataset
 from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
+from transformers import PreTrainedTokenizerFast, PrinterCallback, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 from trl import GRPOTrainer
 
 import gd2po_trl
-from gd2po_trl import GD2POConfig, GD2POTrainer, gd2po_trainer
+from gd2po_trl import GD2POConfig, GD2POTrainer
 
 
-SHARES = (0.0, 0.25, 0.5, 0.75)
-NUM_GENERATIONS = 4
-PROMPT_LENGTH = 32
+NUM_ROLLOUTS = 64
+SHARES = (0.25, 0.5, 0.75)
+# Mean and 90th percentile of the tokens of prompts and completions, drawn log-normally, or all equal where there is no
+# percentile. "tool calling" are those of the rlla data; "short prompts" spread by as much.
+LENGTHS = {
+    "tool calling": ((1020, 1530), (410, 575)),
+    "short prompts": ((40, 60), (300, 420)),
+    "uniform": ((128, None), (512, None)),
+}
+# Settings of `GD2POConfig`; the stock trainer reads none of them.
+TRAINERS = {
+    "stock": {},
+    "skipping": {"packed_update": False},
+    "packed": {"skip_zero_advantage_rows": False},
+    "both": {},
+}
 
 
 @dataclass(frozen=True)
-class Scale:
-    """What fits the device: the size of the model and of the batch, and the completion lengths to measure."""
+class Size:
+    """What fits the device: the size of the model, and the share of the lengths that is run."""
 
     width: int
     layers: int
     heads: int
     vocabulary: int
-    rows: int
-    lengths: tuple[int, ...]
-    generated_length: int
+    scale: float
 
 
-SCALES = {
-    "cpu": Scale(width=128, layers=4, heads=4, vocabulary=1024, rows=16, lengths=(64, 128, 256), generated_length=128),
-    "cuda": Scale(
-        width=1024, layers=16, heads=16, vocabulary=32768, rows=32, lengths=(256, 1024, 2048), generated_length=512
-    ),
+SIZES = {
+    "cpu": Size(width=128, layers=4, heads=4, vocabulary=1024, scale=0.25),
+    "cuda": Size(width=1024, layers=16, heads=16, vocabulary=32_768, scale=1.0),
 }
 
 
-class Clock:
-    """Wall time and CPU time of the process, in seconds; on an accelerator once it has finished."""
+@dataclass(frozen=True)
+class Setting:
+    """What is run in a process of its own; `key_heads` are the heads of keys and values."""
+
+    lengths: str
+    num_generations: int
+    micro_batch: int
+    lora: bool
+    key_heads: int
+
+
+def settings_of(name: str, heads: int) -> list[Setting]:
+    """The settings of the set `name`."""
+    both = (False, True)
+    few = heads // 2
+    main = [Setting(*parts, few) for parts in itertools.product(("tool calling",), (4, 8, 16), (4,), both)]
+    others = [Setting("short prompts", 4, 4, True, few), Setting("short prompts", 16, 4, False, few)]
+    others += [Setting("uniform", 8, 4, False, few)]
+    # As many heads of keys as of queries take the most memory.
+    single = [Setting("tool calling", 16, 1, lora, heads) for lora in both]
+    if name == "short":
+        return main + others + single
+    return [Setting(*parts) for parts in itertools.product(LENGTHS, (4, 8, 16), (1, 4), both, (few, heads))]
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Token ids of every prompt and of the rollouts, those of a prompt one after the other."""
+
+    prompts: list[list[int]]
+    completions: list[list[int]]
+
+    def __call__(self, prompts: list[str], trainer) -> dict:
+        """The `rollout_func` of TRL; a prompt is the number of its ids."""
+        logps = [[-5.0] * len(ids) for ids in self.completions] if trainer.use_vllm else None
+        return {
+            "prompt_ids": [self.prompts[int(prompt)] for prompt in prompts],
+            "completion_ids": self.completions,
+            "logprobs": logps,
+        }
+
+
+def draw_rollouts(lengths: str, num_generations: int, vocabulary: int, scale: float, total: int) -> Rollouts:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(count: int, mean: float, percentile: float | None) -> list[list[int]]:
+        if percentile is None:
+            sizes = [round(mean * scale)] * count
+        else:
+            spread = 1.2816 - math.sqrt(1.2816**2 - 2 * math.log(percentile / mean))
+            normal = torch.randn(count, generator=generator)
+            values = mean * scale * torch.exp(spread * normal - spread**2 / 2)
+            sizes = values.round().clamp(min=2).long().tolist()
+        return [torch.randint(2, vocabulary, (size,), generator=generator).tolist() for size in sizes]
+
+    prompts, completions = LENGTHS[lengths]
+    return Rollouts(draw(total // num_generations, *prompts), draw(total, *completions))
+
+
+def draw_advantages(share: float, pattern: str, num_generations: int, total: int) -> torch.Tensor:
+    """Advantages of 1 and -1, of which `share` are 0: as many in every group (`"even"`), or any (`"random"`)."""
+    advantages = 1.0 - 2.0 * (torch.arange(total) % 2)
+    generator = torch.Generator().manual_seed(1)
+    for rows in torch.arange(total).split(num_generations if pattern == "even" else total):
+        dropped = torch.randperm(len(rows), generator=generator)[: round(share * len(rows))]
+        advantages[rows[dropped]] = 0.0
+    return advantages
+
+
+class Stopwatch:
+    """Sums the seconds that it is entered for: CPU time of the process, or wall time of an accelerator."""
 
     def __init__(self, device: str):
-        self.device = device
+        self.device, self.seconds, self._started = device, 0.0, 0.0
 
-    def __call__(self) -> tuple[float, float]:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter(), time.process_time()
-
-
-@dataclass
-class Stopwatch:
-    """Sums what it is started and stopped around."""
-
-    clock: Clock
-    wall: float = 0.0
-    cpu: float = 0.0
-    started: tuple[float, float] = field(default=(0.0, 0.0))
+    def now(self) -> float:
+        if self.device == "cpu":
+            return time.process_time()
+        torch.cuda.synchronize()
+        return time.perf_counter()
 
     def __enter__(self):
-        self.started = self.clock()
+        self._started = self.now()
 
     def __exit__(self, *exception):
-        wall, cpu = self.clock()
-        self.wall += wall - self.started[0]
-        self.cpu += cpu - self.started[1]
-
-    def take(self) -> tuple[float, float]:
-        """What was summed since the last call."""
-        taken, self.wall, self.cpu = (self.wall, self.cpu), 0.0, 0.0
-        return taken
+        self.seconds += self.now() - self._started
 
 
-class ControlledShare:
-    """Gives `zero_share` of the rollouts the advantage 0, and times generation and scoring apart."""
+class Given:
+    """Trains on given advantages, and times generation and the old log-probabilities that it asks for apart."""
 
-    zero_share = 0.0
+    given_advantages = None
 
     def _generate_and_score_completions(self, inputs):
+        self._last_loaded_step = self.state.global_step  # where vLLM is pretended, no weights are to be sent
+        self.is_generating = True
         with self.generation:
             output = super()._generate_and_score_completions(inputs)
-        rows = len(output["advantages"])
-        advantages = torch.ones_like(output["advantages"])
-        advantages[::2] = -1.0
-        advantages[: round(self.zero_share * rows)] = 0.0
-        output["advantages"] = advantages
+        self.is_generating = False
+        if self.given_advantages is not None:
+            output["advantages"] = self.given_advantages.to(output["advantages"])
         return output
 
+    def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+        if not self.is_generating:
+            return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        with self.old_logps:
+            return super()._get_per_token_logps_and_entropies(*args, **kwargs)
 
-class Stock(ControlledShare, GRPOTrainer):
+
+class Stock(Given, GRPOTrainer):
     pass
 
 
-class Ours(ControlledShare, GD2POTrainer):
+class Ours(Given, GD2POTrainer):
     pass
 
 
-class StepTimer(TrainerCallback):
-    """Collects `(update, generation)` of every optimizer step, each as `(wall, cpu)` seconds."""
+class StepMeter(TrainerCallback):
+    """Seconds, forward passes and tokens of the last optimizer step: old log-probabilities and update."""
 
-    def __init__(self, trainer):
-        self.trainer, self.total, self.steps = trainer, Stopwatch(trainer.generation.clock), []
+    def __init__(self, trainer, device: str):
+        self.trainer, self.total = trainer, Stopwatch(device)
+        trainer.generation, trainer.old_logps, trainer.is_generating = Stopwatch(device), Stopwatch(device), False
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        model.get_input_embeddings().register_forward_pre_hook(self.count)
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(self)
+
+    def count(self, module, inputs):
+        if torch.is_grad_enabled():
+            self.forwards += 1
+            self.tokens += inputs[0].numel()
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self.trainer.generation.take()
+        self.forwards = self.tokens = 0
+        self.total.seconds = self.trainer.generation.seconds = self.trainer.old_logps.seconds = 0.0
         self.total.__enter__()
 
     def on_step_end(self, args, state, control, **kwargs):
         self.total.__exit__()
-        total, generation = self.total.take(), self.trainer.generation.take()
-        self.steps.append((tuple(t - g for t, g in zip(total, generation, strict=True)), generation))
+        self.update = self.total.seconds - self.trainer.generation.seconds
+
+    def step(self) -> dict:
+        """Train one step."""
+        self.trainer.train()
+        return {
+            "update_s": self.update,
+            "old_logps_s": self.trainer.old_logps.seconds,
+            "forwards": self.forwards,
+            "tokens": self.tokens,
+        }
 
 
 def build_tokenizer(size: int) -> PreTrainedTokenizerFast:
@@ -140,12 +239,12 @@ def build_tokenizer(size: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", padding_side="left")
 
 
-def length_in_characters(completions, **kwargs):
+def characters(completions, **kwargs):
     return [float(len(completion)) for completion in completions]
 
 
-def even_words(completions, **kwargs):
-    return [float(sum(int(word[1:]) % 2 == 0 for word in completion.split())) for completion in completions]
+def even_letters(completions, **kwargs):
+    return [float(sum(ord(letter) % 2 == 0 for letter in completion)) for completion in completions]
 
 
 def half_precision(device: str) -> torch.dtype:
@@ -155,10 +254,9 @@ def half_precision(device: str) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
 
 
-def step_args(folder: str, device: str, **settings) -> GD2POConfig:
-    """Settings of a trainer whose steps are timed: it stays as it is, and neither logs nor saves."""
-    return GD2POConfig(
-        output_dir=folder,
+def build(trainer_class, model, rollouts: Rollouts, tokenizer, lora: LoraConfig | None, device: str, **settings):
+    """A trainer whose steps are measured: it stays as it is, and neither logs nor saves."""
+    args = GD2POConfig(
         use_cpu=device == "cpu",
         bf16=half_precision(device) is torch.bfloat16,
         fp16=half_precision(device) is torch.float16,
@@ -168,61 +266,22 @@ def step_args(folder: str, device: str, **settings) -> GD2POConfig:
         save_strategy="no",
         logging_strategy="no",
         disable_tqdm=True,
-        # The stock trainer reads this one too; it decides about its advantages, which are replaced.
-        multi_objective_aggregation="normalize_then_sum",
+        shuffle_dataset=False,
+        conflict_filter=None,  # every advantage is given, or not 0
+        max_completion_length=max(map(len, rollouts.completions)),
         **settings,
     )
-
-
-def build(trainer_class, scale: Scale, device: str, length: int, lora: bool, folder: str, **overrides):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=scale.vocabulary,
-        hidden_size=scale.width,
-        intermediate_size=scale.width * 11 // 4,
-        num_hidden_layers=scale.layers,
-        num_attention_heads=scale.heads,
-        num_key_value_heads=scale.heads,
-        max_position_embeddings=8192,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=1,
-    )
-    prompts = [" ".join(f"w{2 + (row * 7 + i) % 1000}" for i in range(PROMPT_LENGTH)) for row in range(64)]
-    args = step_args(
-        folder,
-        device,
-        gradient_checkpointing=False,
-        per_device_train_batch_size=scale.rows,
-        num_generations=NUM_GENERATIONS,
-        max_completion_length=length,
-        generation_kwargs={"min_new_tokens": length},  # every completion has full length: trimming plays no part
-        **overrides,
-    )
     trainer = trainer_class(
-        model=LlamaForCausalLM(config),
-        reward_funcs=[length_in_characters, even_words],
+        model=model,
+        reward_funcs=[characters, even_letters],
         args=args,
-        train_dataset=Dataset.from_dict({"prompt": prompts}),
-        processing_class=build_tokenizer(scale.vocabulary),
-        peft_config=LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None,
+        train_dataset=Dataset.from_dict({"prompt": [str(number) for number in range(len(rollouts.prompts))]}),
+        processing_class=tokenizer,
+        peft_config=lora,
+        rollout_func=rollouts,
     )
-    trainer.generation = Stopwatch(Clock(device))
-    trainer.timer = StepTimer(trainer)
-    trainer.add_callback(trainer.timer)
-    trainer.remove_callback(PrinterCallback)
+    trainer.meter = StepMeter(trainer, device)
     return trainer
-
-
-def fix_completions(trainer, scale: Scale, length: int) -> None:
-    """Let `generate` return the same tokens at every step, at no cost."""
-    generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(2, scale.vocabulary, (scale.rows, length), generator=generator)
-
-    def generate(input_ids, **kwargs):
-        return torch.cat([input_ids, tokens.to(input_ids.device)], dim=1)
-
-    trainer.model.generate = generate
 
 
 def peak_memory(trainer, device: str) -> float | None:
@@ -249,102 +308,149 @@ def resident_memory(name: str) -> int:
     return int(next(line for line in lines if line.startswith(name)).split()[1])
 
 
-def run_in_turn(candidates: dict[str, tuple], rounds: int, device: str) -> dict[str, dict]:
+def run_in_turn(candidates: dict, rounds: int, device: str) -> dict:
     """
-    Medians over `rounds` in which every candidate (trainer, share of zero advantages) takes one step.
+    Measure candidates, each a trainer and its advantages, of which the key `"stock"` is what the others compare with.
 
-    Ratios are medians of the ratios within a round, so that a machine that slows down for a while does not count.
+    All take one step in each round, in an order that changes, so that none is always first or behind the same other.
+
+    Returns:
+        For each, what a step took (medians) and `rounds`, the seconds of the update in every round.
     """
-    for trainer, share in candidates.values():
-        trainer.zero_share = share
-        trainer.train()
-    steps = {name: [] for name in candidates}
+    for trainer in {id(trainer): trainer for trainer, _ in candidates.values()}.values():
+        trainer.meter.step()  # warms up
+    peaks, steps = {}, {key: [] for key in candidates}
+    for key, (trainer, trainer.given_advantages) in candidates.items():
+        peaks[key] = peak_memory(trainer, device)
     for turn in range(rounds):
         names = list(candidates)
-        first = turn % len(names)  # none is always the first, or always behind the same other
-        for name in (names[first:] + names[:first])[:: 1 if turn % 2 == 0 else -1]:
-            trainer, trainer.zero_share = candidates[name][0], candidates[name][1]
-            trainer.timer.steps.clear()
-            trainer.train()
-            steps[name].extend(trainer.timer.steps)
-    results = {}
-    for name, (trainer, share) in candidates.items():
-        trainer.zero_share = share
-        update, generation = zip(*steps[name], strict=True)
-        stock = [update for update, _ in steps["stock"]]
-        results[name] = {
-            "update_wall_ratio": statistics.median(a[0] / b[0] for a, b in zip(update, stock, strict=True)),
-            "update_cpu_ratio": statistics.median(a[1] / b[1] for a, b in zip(update, stock, strict=True)),
-            "update_wall_s": statistics.median(wall for wall, _ in update),
-            "update_cpu_s": statistics.median(cpu for _, cpu in update),
-            "generation_wall_s": statistics.median(wall for wall, _ in generation),
-            "generation_cpu_s": statistics.median(cpu for _, cpu in generation),
-            "peak_memory_mib": peak_memory(trainer, device),
-        }
-    return results
+        first = turn * len(names) // rounds
+        for key in (names[first:] + names[:first])[:: 1 if turn % 2 == 0 else -1]:
+            trainer, trainer.given_advantages = candidates[key]
+            steps[key].append(trainer.meter.step())
+    return {
+        key: {name: statistics.median(step[name] for step in taken) for name in taken[0]}
+        | {"peak_memory_mib": peaks[key], "rounds": [step["update_s"] for step in taken]}
+        for key, taken in steps.items()
+    }
 
 
-def measure_update(
-    scale: Scale, device: str, length: int, lora: bool, rounds: int, shares: tuple[float, ...] = SHARES
-) -> list[dict]:
+def ratio(values: dict, others: dict, fixed: float) -> float:
+    """Median ratio of the update within a round, less the seconds `fixed`."""
+    pairs = zip(values["rounds"], others["rounds"], strict=True)
+    return statistics.median((a - fixed) / (b - fixed) for a, b in pairs)
+
+
+def compare(measured: dict, key, alone=None) -> dict:
+    """What the candidate `key` took as shares of stock, and of `alone`, the key of row skipping alone."""
+    values, stock = measured[key], measured["stock"]
+    fixed = measured["all dropped"]["rounds"] if "all dropped" in measured else [0.0]
+    fixed = statistics.median(fixed)
+    row = {
+        "update_s": values["update_s"],
+        "time": ratio(values, stock, fixed),
+        "tokens": values["tokens"] / stock["tokens"],
+        "forwards": values["forwards"],
+        "peak_memory_mib": values["peak_memory_mib"],
+    }
+    row["time_of_tokens"] = row["time"] / row["tokens"]
+    if values["peak_memory_mib"] is not None:
+        row["memory"] = values["peak_memory_mib"] / stock["peak_memory_mib"]
+    if alone is not None:
+        row["time_of_skipping"] = ratio(values, measured[alone], fixed)
+    return {name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()}
+
+
+def measure(setting: Setting, size: Size, device: str, rounds: int) -> list[dict]:
+    """All rows of a setting."""
+    torch.set_num_threads(1)
+    transformers.utils.logging.set_verbosity_error()
+    config = Qwen2Config(
+        vocab_size=size.vocabulary,
+        hidden_size=size.width,
+        intermediate_size=size.width * 3,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=setting.key_heads,
+        max_position_embeddings=8192,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
+    )
+    group = setting.num_generations
+    rollouts = draw_rollouts(setting.lengths, group, size.vocabulary, size.scale, NUM_ROLLOUTS)
+
+    def make(trainer_class, **overrides):
+        torch.manual_seed(0)
+        return build(
+            trainer_class,
+            Qwen2ForCausalLM(config),
+            rollouts,
+            build_tokenizer(size.vocabulary),
+            LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM") if setting.lora else None,
+            device,
+            output_dir=folder,
+            gradient_checkpointing=False,
+            num_generations=group,
+            per_device_train_batch_size=setting.micro_batch,
+            gradient_accumulation_steps=NUM_ROLLOUTS // setting.micro_batch,
+            **overrides,
+        )
+
+    patterns = [(0.0, "even"), *itertools.product(SHARES, ("even", "random"))]
+    given = {pattern: draw_advantages(*pattern, group, NUM_ROLLOUTS) for pattern in patterns}
     with tempfile.TemporaryDirectory() as folder:
-        stock = build(Stock, scale, device, length, lora, folder)
-        ours = build(Ours, scale, device, length, lora, folder)
-        off = build(Ours, scale, device, length, lora, folder, skip_zero_advantage_rows=False)
-        for trainer in (stock, ours, off):
-            fix_completions(trainer, scale, length)
-        candidates = {"stock": (stock, 0.5), "skipping off": (off, 0.5)}
-        candidates |= {f"{share:.0%} zero": (ours, share) for share in shares}
+        trainers = {name: make(Stock if name == "stock" else Ours, **keys) for name, keys in TRAINERS.items()}
+        candidates = {name: (trainers[name], given[0.0, "even"]) for name in ("stock", "packed")}
+        candidates["all dropped"] = (trainers["both"], torch.zeros(NUM_ROLLOUTS))
+        candidates |= {
+            (name, *pattern): (trainers[name], given[pattern]) for name in ("skipping", "both") for pattern in patterns
+        }
+        shares = (0.5, 0.25) if "update_share" in GD2POConfig.__dataclass_fields__ else ()
+        candidates |= {share: (make(Ours, update_share=share), None) for share in shares}
         measured = run_in_turn(candidates, rounds, device)
-    return [
-        {
-            "method": "LoRA" if lora else "full",
-            "completion_length": length,
-            "setting": name,
-            **{name: round(value, 6) for name, value in values.items() if value is not None},
-        }
-        for name, values in measured.items()
-    ]
+    about = asdict(setting) | {"fixed_s": round(measured["all dropped"]["update_s"], 4)}
+    rows = [about | {"trainer": name} | compare(measured, name) for name in ("stock", "packed")]
+    for pattern in patterns:
+        is_dropped = {"dropped": pattern[0], "pattern": pattern[1]}
+        alone = ("skipping", *pattern)
+        rows.append(about | {"trainer": "skipping"} | is_dropped | compare(measured, alone))
+        rows.append(about | {"trainer": "both"} | is_dropped | compare(measured, ("both", *pattern), alone))
+    return rows + [about | {"trainer": "both", "update_share": share} | compare(measured, share) for share in shares]
 
 
-def measure_step(scale: Scale, device: str, rounds: int) -> list[dict]:
-    """Whole steps with real generation, and what the advantages take of them."""
-    length = scale.generated_length
-    advantages = Stopwatch(Clock(device))
-    compute_advantages = gd2po_trainer.compute_advantages
-
-    def timed(*args, **kwargs):
-        with advantages:
-            return compute_advantages(*args, **kwargs)
-
-    with tempfile.TemporaryDirectory() as folder:
-        stock = build(Stock, scale, device, length, False, folder)
-        ours = build(Ours, scale, device, length, False, folder)
-        candidates = {"stock": (stock, 0.5)} | {f"{share:.0%} zero": (ours, share) for share in SHARES}
-        gd2po_trainer.compute_advantages = timed
-        try:
-            measured = run_in_turn(candidates, rounds, device)
-        finally:
-            gd2po_trainer.compute_advantages = compute_advantages
-    clock = "wall" if device == "cuda" else "cpu"
-    calls = (rounds + 2) * len(SHARES)  # one to warm up, one for the memory
-    advantage_time = dict(zip(("wall", "cpu"), advantages.take(), strict=True))[clock] / calls
-
-    def step(values: dict) -> float:
-        return values[f"update_{clock}_s"] + values[f"generation_{clock}_s"]
-
-    return [
-        {
-            "completion_length": length,
-            "setting": name,
-            "step_s": round(step(values), 6),
-            "generation_s": round(values[f"generation_{clock}_s"], 6),
-            "update_s": round(values[f"update_{clock}_s"], 6),
-            "step_ratio": round(step(values) / step(measured["stock"]), 4),
-            "advantages_percent": None if name == "stock" else round(100 * advantage_time / step(values), 5),
-        }
-        for name, values in measured.items()
-    ]
+def summary(rows: list[dict]) -> list[dict]:
+    """One line for each setting and share dropped."""
+    lines = []
+    settings = {tuple(row[name] for name in Setting.__dataclass_fields__): [] for row in rows}
+    for row in rows:
+        settings[tuple(row[name] for name in Setting.__dataclass_fields__)].append(row)
+    for parts in settings.values():
+        stock, packed, *others = parts
+        alone = {}
+        for row in others:
+            key = row.get("dropped"), row.get("pattern")
+            if row["trainer"] == "skipping":
+                alone[key] = row
+                continue
+            budget = row.get("update_share")
+            lines.append(
+                {name: row[name] for name in ("lengths", "num_generations", "micro_batch", "key_heads")}
+                | {
+                    "training": "LoRA" if row["lora"] else "full",
+                    "dropped": f"update_share {budget}" if budget else f"{key[0]:.0%}" + f", {key[1]}" * bool(key[0]),
+                    "stock_s": stock["update_s"],
+                    "skipping": alone[key]["time"] if key in alone else None,
+                    "packed": packed["time"],
+                    "both": row["time"],
+                    "tokens": row["tokens"],
+                    "forwards": f"{stock['forwards']}, {row['forwards']}",
+                    "time_of_tokens": row["time_of_tokens"],
+                    "time_of_skipping": row.get("time_of_skipping"),
+                    "memory": row.get("memory"),
+                }
+            )
+    return lines
 
 
 def table(rows: list[dict], columns: dict[str, str]) -> str:
@@ -357,68 +463,44 @@ def table(rows: list[dict], columns: dict[str, str]) -> str:
     return "\n".join(lines)
 
 
+def versions() -> dict[str, str]:
+    modules = {"torch": torch, "transformers": transformers, "trl": trl, "gd2po_trl": gd2po_trl}
+    return {"python": platform.python_version()} | {name: module.__version__ for name, module in modules.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=list(SCALES), default="cpu")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
-    parser.add_argument("--lengths", type=int, nargs="*", help="completion lengths instead of the device's own")
+    parser.add_argument("--device", choices=list(SIZES), default="cpu")
+    parser.add_argument("--set", choices=("short", "full"), default="short", help="which settings are run")
+    parser.add_argument("--only", type=int, nargs="*", help="numbers of the settings of the set, from 0")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--scale", type=float, help="share of the lengths that is run (cpu: 0.25, cuda: 1)")
+    parser.add_argument("--width", type=int, help="hidden size of the model")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    transformers.utils.logging.set_verbosity_error()
-    device, scale = arguments.device, SCALES[arguments.device]
+    device, size = arguments.device, SIZES[arguments.device]
+    size = Size(**asdict(size) | {n: getattr(arguments, n) for n in ("scale", "width") if getattr(arguments, n)})
+    settings = settings_of(arguments.set, size.heads)
+    settings = settings if arguments.only is None else [settings[number] for number in arguments.only]
 
-    updates = []
-    for length in arguments.lengths or scale.lengths:
-        for lora in (False, True):
-            updates += measure_update(scale, device, length, lora, arguments.rounds)
-            print(f"measured: completion length {length}, {updates[-1]['method']}", flush=True)
-    # Where the work is least, what we add to it shows most.
-    overhead = measure_update(scale, device, scale.lengths[0], False, 6 * arguments.rounds, shares=(0.0,))
-    steps = measure_step(scale, device, arguments.rounds)
-
+    rows = []
+    for setting in settings:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+            rows += process.submit(measure, setting, size, device, arguments.rounds).result()
+        print(f"measured: {setting}", flush=True)
     result = {
-        "device": torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU",
-        "threads": arguments.threads,
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU, 1 thread",
         "clock": "wall time" if device == "cuda" else "CPU time of the process",
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "trl": trl.__version__,
-            "gd2po_trl": gd2po_trl.__version__,
-        },
-        "scale": scale.__dict__,
-        "update": updates,
-        "overhead": overhead,
-        "step": steps,
+        "versions": versions(),
+        "size": asdict(size),
+        "rounds": arguments.rounds,
+        "rows": rows,
     }
     output = arguments.output or Path(__file__).parent / "results" / f"step_time-{device}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(result, indent=1) + "\n")
-
-    columns = {
-        "method": "method",
-        "completion_length": "completion length",
-        "setting": "setting",
-        "update_wall_s": "update, s",
-        "update_wall_ratio": "of stock",
-        "update_cpu_s": "CPU time, s",
-        "update_cpu_ratio": "of stock",
-        "peak_memory_mib": "peak memory, MiB",
-    }
-    print(table(updates, columns), end="\n\n")
-    print(table(overhead, columns), end="\n\n")
-    columns = {
-        "setting": "setting",
-        "step_s": "step, s",
-        "generation_s": "generation, s",
-        "update_s": "update, s",
-        "step_ratio": "step of stock",
-        "advantages_percent": "advantages, % of step",
-    }
-    print(table(steps, columns))
+    lines = summary(rows)
+    print(table(lines, {name: name.replace("_", " ") for name in lines[0]}))
 
 
 if __name__ == "__main__":
