@@ -1,9 +1,10 @@
 """
 One command, one GPU, under ten minutes, no network: what training costs there, and whether it learns.
 
-1. Update time and peak memory of ours against TRL's `GRPOTrainer`: a model of Qwen2.5-1.5B's shape with random weights
-   and a byte tokenizer, LoRA, bfloat16 (float16 where the GPU has none), gradient checkpointing; no rollout dropped,
-   and half of them. "Update" is a whole optimizer step less generation and scoring; the completions are fixed.
+1. Update time and peak memory of ours against TRL's `GRPOTrainer`: skipping rollouts of advantage 0 alone, packing
+   alone, and both; no rollout dropped, and half of them. A model of Qwen2.5-1.5B's shape with random weights, LoRA,
+   bfloat16 (float16 where the GPU has none), gradient checkpointing, half the lengths of the tool-calling data. Once
+   without and once with the old log-probabilities of vLLM's importance correction; vLLM itself is only pretended.
 2. The time that the advantages of a generation batch take.
 3. A longer run of the quickstart's task, with GDPO and with GD²PO-Hard.
 
@@ -13,6 +14,7 @@ Without a GPU it runs at a reduced size, writes gpu-cpu.json, and says there tha
 """
 
 import argparse
+import copy
 import json
 import platform
 import tempfile
@@ -24,33 +26,24 @@ from pathlib import Path
 import datasets
 import torch
 import transformers
-import trl
 from advantages import formula_of_trl, ours, seconds
-from datasets import Dataset
 from peft import LoraConfig
 from step_time import (
-    Clock,
+    TRAINERS,
     Ours,
-    Scale,
-    StepTimer,
     Stock,
-    Stopwatch,
-    fix_completions,
+    build,
+    build_tokenizer,
+    compare,
+    draw_advantages,
+    draw_rollouts,
     half_precision,
     run_in_turn,
-    step_args,
     table,
+    versions,
 )
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    AutoModelForCausalLM,
-    PreTrainedTokenizerFast,
-    PrinterCallback,
-    Qwen2Config,
-    TrainerCallback,
-)
+from transformers import AutoModelForCausalLM, Qwen2Config, TrainerCallback
 
-import gd2po_trl
 from gd2po_trl.progress import RewardProgress
 from gd2po_trl.quickstart.prepare import HELD_OUT_FILE, POLICY_FOLDER, TRAIN_FILE, prepare
 from gd2po_trl.recipe import load_recipe
@@ -71,7 +64,8 @@ class Size:
 
     Args:
         shape (`dict`): Of the policy, as settings of `Qwen2Config`.
-        micro_batch, accumulation, completion_length (`int`): Rollouts per pass, passes per step, tokens per rollout.
+        micro_batch, accumulation, num_generations (`int`): Rollouts per pass, passes per step, rollouts per prompt.
+        scale (`float`): Share of the lengths of the tool-calling data that is run.
         rounds (`int`): Measured steps per setting.
         batch_sizes (`tuple[int, ...]`): Rollouts per generation batch for the advantages.
         warmup_steps, learning_steps (`int`): Of the learning runs.
@@ -81,7 +75,8 @@ class Size:
     shape: dict
     micro_batch: int
     accumulation: int
-    completion_length: int
+    num_generations: int
+    scale: float
     rounds: int
     batch_sizes: tuple[int, ...]
     warmup_steps: int
@@ -102,8 +97,9 @@ SIZES = {
         },
         micro_batch=8,
         accumulation=4,
-        completion_length=512,
-        rounds=3,
+        num_generations=8,
+        scale=0.5,
+        rounds=2,
         batch_sizes=(512, 4096, 65_536),
         warmup_steps=400,
         learning_steps=120,
@@ -120,7 +116,8 @@ SIZES = {
         },
         micro_batch=8,
         accumulation=2,
-        completion_length=64,
+        num_generations=4,
+        scale=0.125,
         rounds=3,
         batch_sizes=(512,),
         warmup_steps=200,
@@ -130,25 +127,7 @@ SIZES = {
 }
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    tokens = ["<pad>", "<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    backend = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", padding_side="left")
-
-
-def characters(completions, **kwargs):
-    return [float(len(completion)) for completion in completions]
-
-
-def spaces(completions, **kwargs):
-    return [float(completion.count(" ")) for completion in completions]
-
-
-def build(trainer_class, size: Size, device: str, folder: str):
-    """A trainer on a new policy, with the instruments of `step_time`."""
-    torch.manual_seed(0)
+def measure_update(size: Size, device: str) -> list[dict]:
     config = Qwen2Config(
         **size.shape,
         tie_word_embeddings=True,
@@ -157,56 +136,55 @@ def build(trainer_class, size: Size, device: str, folder: str):
         bos_token_id=None,
         eos_token_id=1,
     )
+    total, group = size.micro_batch * size.accumulation, size.num_generations
+    tokenizer = build_tokenizer(1000)
+    rollouts = draw_rollouts("tool calling", group, 1000, size.scale, total)
+    all_kept, half = (draw_advantages(share, "even", group, total) for share in (0.0, 0.5))
+
+    torch.manual_seed(0)
     with torch.device(device):  # the initial weights of 1.5 billion parameters take minutes on a CPU
         policy = AutoModelForCausalLM.from_config(config, dtype=half_precision(device))
-    args = step_args(
-        folder,
-        device,
-        gradient_checkpointing=True,
-        per_device_train_batch_size=size.micro_batch,
-        gradient_accumulation_steps=size.accumulation,
-        num_generations=8,
-        max_completion_length=size.completion_length,
-    )
-    trainer = trainer_class(
-        model=policy,
-        reward_funcs=[characters, spaces],
-        args=args,
-        train_dataset=Dataset.from_dict({"prompt": [f"{row:04d} " * 25 for row in range(64)]}),
-        processing_class=byte_tokenizer(),
-        peft_config=LoraConfig(r=32, lora_alpha=64, target_modules="all-linear", task_type="CAUSAL_LM"),
-    )
-    trainer.generation = Stopwatch(Clock(device))
-    trainer.timer = StepTimer(trainer)
-    trainer.add_callback(trainer.timer)
-    trainer.remove_callback(PrinterCallback)
-    rows = size.micro_batch * size.accumulation
-    completions = Scale(
-        width=0, layers=0, heads=0, vocabulary=258, rows=rows, lengths=(), generated_length=size.completion_length
-    )
-    fix_completions(trainer, completions, size.completion_length)
-    return trainer
+    shared = {id(weight): weight for weight in policy.parameters()}
 
+    def make(name: str):
+        torch.manual_seed(0)
+        return build(
+            Stock if name == "stock" else Ours,
+            # The frozen weights are shared, or a small GPU would not hold them four times.
+            copy.deepcopy(policy, dict(shared)),
+            rollouts,
+            tokenizer,
+            LoraConfig(r=32, lora_alpha=64, target_modules="all-linear", task_type="CAUSAL_LM"),
+            device,
+            output_dir=folder,
+            gradient_checkpointing=True,
+            num_generations=group,
+            per_device_train_batch_size=size.micro_batch,
+            gradient_accumulation_steps=size.accumulation,
+            vllm_importance_sampling_mode="token_truncate",
+            **TRAINERS[name],
+        )
 
-def measure_update(size: Size, device: str) -> list[dict]:
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
-        stock, mine = build(Stock, size, device, folder), build(Ours, size, device, folder)
-        settings = {
-            "stock": (stock, 0.5),  # which runs every rollout, whatever is dropped
-            "ours, 0 % dropped": (mine, 0.0),
-            "ours, 50 % dropped": (mine, 0.5),
-        }
-        measured = run_in_turn(settings, size.rounds, device)
-    clock = "wall" if device == "cuda" else "cpu"
-    return [
-        {
-            "setting": name,
-            "update_s": round(values[f"update_{clock}_s"], 5),
-            "update_ratio": round(values[f"update_{clock}_ratio"], 4),
-            "peak_memory_mib": values["peak_memory_mib"] and round(values["peak_memory_mib"], 1),
-        }
-        for name, values in measured.items()
-    ]
+        trainers = {name: make(name) for name in TRAINERS}
+        candidates = {name: (trainers[name], all_kept) for name in TRAINERS}
+        candidates |= {f"{name}, half dropped": (trainers[name], half) for name in ("skipping", "both")}
+        candidates["all dropped"] = (trainers["both"], torch.zeros(total))
+        for old_logps in (False, True):
+            for trainer in trainers.values():
+                trainer.use_vllm = trainer.vllm_importance_sampling_correction = old_logps
+            measured = run_in_turn(candidates, size.rounds)
+            for key in candidates:
+                alone = key.replace("both", "skipping") if key.startswith("both") else None
+                seconds_of_logps = [values["old_logps_s"] for values in (measured[key], measured["stock"])]
+                rows.append(
+                    {"trainer": key, "vllm_old_logps": old_logps}
+                    | {name: value for name, value in compare(measured, key, alone).items() if name != "forwards"}
+                    | {"forwards": int(measured[key]["forwards"]), "old_logps_s": round(seconds_of_logps[0], 5)}
+                    | {"old_logps": round(seconds_of_logps[0] / seconds_of_logps[1], 4) if old_logps else None}
+                )
+    return rows
 
 
 def measure_advantages(size: Size, device: str) -> list[dict]:
@@ -297,13 +275,7 @@ def main() -> None:
         "device": torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU, 1 thread",
         "gpu_figures": "present" if device == "cuda" else MISSING,
         "clock": "wall time" if device == "cuda" else "CPU time of the process",
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "trl": trl.__version__,
-            "gd2po_trl": gd2po_trl.__version__,
-        },
+        "versions": versions(),
         "precision": str(half_precision(device)).removeprefix("torch."),
         "size": asdict(size),
     }

@@ -2,9 +2,9 @@
 What an update costs: ours against TRL's `GRPOTrainer`, on the same model, rollouts and advantages.
 
 Columns: skipping rollouts of advantage 0 alone, packing alone, and both. Rows: lengths, rollouts per prompt (64
-rollouts at each), rows per micro-batch, LoRA and full fine-tuning, and the share of rollouts whose advantage is 0, by
-group or at random. Generation costs nothing, since the rollouts are given; the learning rate is 0, so that the trainers
-stay the same.
+rollouts at each), rows per micro-batch, LoRA or full fine-tuning, and the share of rollouts whose advantage is 0, even
+per group or at random. The rollouts are given, so that generation costs nothing; the learning rate is 0, so that the
+trainers stay the same.
 
     python benchmarks/step_time.py                  # writes benchmarks/results/step_time-cpu.json
     python benchmarks/step_time.py --set full --scale 0.5 --rounds 5    # every combination, at half the lengths
@@ -27,7 +27,7 @@ import statistics
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -90,17 +90,25 @@ class Setting:
 
 
 def settings_of(name: str, heads: int) -> list[Setting]:
-    """The settings of the set `name`."""
-    both = (False, True)
+    """The settings of the set `name`; the first of `"short"` say most."""
     few = heads // 2
-    main = [Setting(*parts, few) for parts in itertools.product(("tool calling",), (4, 8, 16), (4,), both)]
-    others = [Setting("short prompts", 4, 4, True, few), Setting("short prompts", 16, 4, False, few)]
-    others += [Setting("uniform", 8, 4, False, few)]
-    # As many heads of keys as of queries take the most memory.
-    single = [Setting("tool calling", 16, 1, lora, heads) for lora in both]
-    if name == "short":
-        return main + others + single
-    return [Setting(*parts) for parts in itertools.product(LENGTHS, (4, 8, 16), (1, 4), both, (few, heads))]
+    if name == "full":
+        return [
+            Setting(*parts) for parts in itertools.product(LENGTHS, (4, 8, 16), (4, 1), (False, True), (few, heads))
+        ]
+    return [
+        Setting("tool calling", 4, 4, False, few),
+        Setting("tool calling", 16, 4, True, few),
+        Setting("tool calling", 16, 1, False, heads),  # as many heads of keys as of queries take the most memory
+        Setting("short prompts", 4, 4, True, few),
+        Setting("tool calling", 8, 4, False, few),
+        Setting("short prompts", 16, 4, False, few),
+        Setting("uniform", 8, 4, False, few),
+        Setting("tool calling", 4, 4, True, few),
+        Setting("tool calling", 16, 4, False, few),
+        Setting("tool calling", 8, 4, True, few),
+        Setting("tool calling", 16, 1, True, heads),
+    ]
 
 
 @dataclass(frozen=True)
@@ -223,13 +231,43 @@ class StepMeter(TrainerCallback):
 
     def step(self) -> dict:
         """Train one step."""
+        held = reset_peak_memory(self.trainer.args.device)
         self.trainer.train()
         return {
             "update_s": self.update,
             "old_logps_s": self.trainer.old_logps.seconds,
             "forwards": self.forwards,
             "tokens": self.tokens,
+            "peak_memory_mib": peak_memory(self.trainer.args.device) - held,
         }
+
+
+def reset_peak_memory(device: torch.device) -> float:
+    """Forget the peak memory so far, of the process on a CPU (Linux only); what is held now, in MiB."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated() / 2**20
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return math.nan
+    return resident_memory("VmRSS")
+
+
+def peak_memory(device: torch.device) -> float:
+    """The peak memory since then, in MiB; not a number where the system does not tell."""
+    return torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else resident_memory("VmHWM")
+
+
+def resident_memory(name: str) -> float:
+    """A line of `/proc/self/status`, in MiB."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return math.nan
+    return int(next(line for line in lines if line.startswith(name)).split()[1]) / 1024
 
 
 def build_tokenizer(size: int) -> PreTrainedTokenizerFast:
@@ -284,44 +322,17 @@ def build(trainer_class, model, rollouts: Rollouts, tokenizer, lora: LoraConfig 
     return trainer
 
 
-def peak_memory(trainer, device: str) -> float | None:
-    """Peak memory of a step above what is held before it, in MiB; of the process on a CPU (Linux only)."""
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
-        trainer.train()
-        return (torch.cuda.max_memory_allocated() - held) / 2**20
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-    except OSError:
-        return None
-    held = resident_memory("VmRSS")
-    trainer.train()
-    return (resident_memory("VmHWM") - held) / 1024
-
-
-def resident_memory(name: str) -> int:
-    """A line of `/proc/self/status`, in KiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(name)).split()[1])
-
-
-def run_in_turn(candidates: dict, rounds: int, device: str) -> dict:
+def run_in_turn(candidates: dict, rounds: int) -> dict:
     """
-    Measure candidates, each a trainer and its advantages, of which the key `"stock"` is what the others compare with.
-
-    All take one step in each round, in an order that changes, so that none is always first or behind the same other.
+    Measure candidates, each a trainer and its advantages. All take one step in each round, in an order that changes,
+    so that none is always first or behind the same other.
 
     Returns:
         For each, what a step took (medians) and `rounds`, the seconds of the update in every round.
     """
     for trainer in {id(trainer): trainer for trainer, _ in candidates.values()}.values():
         trainer.meter.step()  # warms up
-    peaks, steps = {}, {key: [] for key in candidates}
-    for key, (trainer, trainer.given_advantages) in candidates.items():
-        peaks[key] = peak_memory(trainer, device)
+    steps: dict = {key: [] for key in candidates}
     for turn in range(rounds):
         names = list(candidates)
         first = turn * len(names) // rounds
@@ -330,7 +341,7 @@ def run_in_turn(candidates: dict, rounds: int, device: str) -> dict:
             steps[key].append(trainer.meter.step())
     return {
         key: {name: statistics.median(step[name] for step in taken) for name in taken[0]}
-        | {"peak_memory_mib": peaks[key], "rounds": [step["update_s"] for step in taken]}
+        | {"rounds": [step["update_s"] for step in taken]}
         for key, taken in steps.items()
     }
 
@@ -342,26 +353,24 @@ def ratio(values: dict, others: dict, fixed: float) -> float:
 
 
 def compare(measured: dict, key, alone=None) -> dict:
-    """What the candidate `key` took as shares of stock, and of `alone`, the key of row skipping alone."""
+    """What the candidate `key` took as shares of `"stock"`, and of `alone`, the key of row skipping alone."""
     values, stock = measured[key], measured["stock"]
-    fixed = measured["all dropped"]["rounds"] if "all dropped" in measured else [0.0]
-    fixed = statistics.median(fixed)
+    fixed = statistics.median(measured["all dropped"]["rounds"])
+    time_share, token_share = ratio(values, stock, fixed), values["tokens"] / stock["tokens"]
     row = {
         "update_s": values["update_s"],
-        "time": ratio(values, stock, fixed),
-        "tokens": values["tokens"] / stock["tokens"],
+        "time": time_share,
+        "tokens": token_share,
+        "time_of_tokens": time_share / token_share,
+        "time_of_skipping": None if alone is None else ratio(values, measured[alone], fixed),
         "forwards": values["forwards"],
         "peak_memory_mib": values["peak_memory_mib"],
+        "memory": values["peak_memory_mib"] / stock["peak_memory_mib"],
     }
-    row["time_of_tokens"] = row["time"] / row["tokens"]
-    if values["peak_memory_mib"] is not None:
-        row["memory"] = values["peak_memory_mib"] / stock["peak_memory_mib"]
-    if alone is not None:
-        row["time_of_skipping"] = ratio(values, measured[alone], fixed)
     return {name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()}
 
 
-def measure(setting: Setting, size: Size, device: str, rounds: int) -> list[dict]:
+def measure_setting(setting: Setting, size: Size, device: str, rounds: int) -> list[dict]:
     """All rows of a setting."""
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
@@ -408,7 +417,7 @@ def measure(setting: Setting, size: Size, device: str, rounds: int) -> list[dict
         }
         shares = (0.5, 0.25) if "update_share" in GD2POConfig.__dataclass_fields__ else ()
         candidates |= {share: (make(Ours, update_share=share), None) for share in shares}
-        measured = run_in_turn(candidates, rounds, device)
+        measured = run_in_turn(candidates, rounds)
     about = asdict(setting) | {"fixed_s": round(measured["all dropped"]["update_s"], 4)}
     rows = [about | {"trainer": name} | compare(measured, name) for name in ("stock", "packed")]
     for pattern in patterns:
@@ -421,35 +430,22 @@ def measure(setting: Setting, size: Size, device: str, rounds: int) -> list[dict
 
 def summary(rows: list[dict]) -> list[dict]:
     """One line for each setting and share dropped."""
-    lines = []
-    settings = {tuple(row[name] for name in Setting.__dataclass_fields__): [] for row in rows}
+    lines, stock, packed, skipping = [], {}, {}, {}
     for row in rows:
-        settings[tuple(row[name] for name in Setting.__dataclass_fields__)].append(row)
-    for parts in settings.values():
-        stock, packed, *others = parts
-        alone = {}
-        for row in others:
-            key = row.get("dropped"), row.get("pattern")
-            if row["trainer"] == "skipping":
-                alone[key] = row
-                continue
+        if row["trainer"] == "both":
             budget = row.get("update_share")
+            dropped = f"update_share {budget}" if budget else f"{row['dropped']:.0%}, {row['pattern']}"
             lines.append(
                 {name: row[name] for name in ("lengths", "num_generations", "micro_batch", "key_heads")}
-                | {
-                    "training": "LoRA" if row["lora"] else "full",
-                    "dropped": f"update_share {budget}" if budget else f"{key[0]:.0%}" + f", {key[1]}" * bool(key[0]),
-                    "stock_s": stock["update_s"],
-                    "skipping": alone[key]["time"] if key in alone else None,
-                    "packed": packed["time"],
-                    "both": row["time"],
-                    "tokens": row["tokens"],
-                    "forwards": f"{stock['forwards']}, {row['forwards']}",
-                    "time_of_tokens": row["time_of_tokens"],
-                    "time_of_skipping": row.get("time_of_skipping"),
-                    "memory": row.get("memory"),
-                }
+                | {"training": "LoRA" if row["lora"] else "full", "dropped": dropped, "stock_s": stock["update_s"]}
+                | {"skipping": None if budget else skipping["time"], "packed": packed["time"], "both": row["time"]}
+                | {name: row[name] for name in ("tokens", "time_of_tokens", "time_of_skipping", "memory")}
+                | {"forwards": f"{stock['forwards']:.0f}, {row['forwards']:.0f}"}
             )
+        stock, packed, skipping = (
+            row if row["trainer"] == name else last
+            for name, last in (("stock", stock), ("packed", packed), ("skipping", skipping))
+        )
     return lines
 
 
@@ -475,18 +471,17 @@ def main() -> None:
     parser.add_argument("--only", type=int, nargs="*", help="numbers of the settings of the set, from 0")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--scale", type=float, help="share of the lengths that is run (cpu: 0.25, cuda: 1)")
-    parser.add_argument("--width", type=int, help="hidden size of the model")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     device, size = arguments.device, SIZES[arguments.device]
-    size = Size(**asdict(size) | {n: getattr(arguments, n) for n in ("scale", "width") if getattr(arguments, n)})
+    size = replace(size, scale=arguments.scale or size.scale)
     settings = settings_of(arguments.set, size.heads)
     settings = settings if arguments.only is None else [settings[number] for number in arguments.only]
 
     rows = []
     for setting in settings:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-            rows += process.submit(measure, setting, size, device, arguments.rounds).result()
+            rows += process.submit(measure_setting, setting, size, device, arguments.rounds).result()
         print(f"measured: {setting}", flush=True)
     result = {
         "device": torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU, 1 thread",
