@@ -28,7 +28,8 @@ import torch
 import transformers
 from advantages import formula_of_trl, ours, seconds
 from peft import LoraConfig
-from step_time import (
+from transformers import AutoModelForCausalLM, Qwen2Config, TrainerCallback
+from update_harness import (
     TRAINERS,
     Ours,
     Stock,
@@ -42,7 +43,6 @@ from step_time import (
     table,
     versions,
 )
-from transformers import AutoModelForCausalLM, Qwen2Config, TrainerCallback
 
 from gd2po_trl.progress import RewardProgress
 from gd2po_trl.quickstart.prepare import HELD_OUT_FILE, POLICY_FOLDER, TRAIN_FILE, prepare

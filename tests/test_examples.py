@@ -107,8 +107,8 @@ def test_the_issue_template_takes_the_benchmark():
 )
 def test_benchmarks_train_in_what_the_gpu_has(capability, dtype, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import step_time
+    import update_harness
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    assert step_time.half_precision("cuda") is dtype
-    assert step_time.half_precision("cpu") is torch.float32
+    assert update_harness.half_precision("cuda") is dtype
+    assert update_harness.half_precision("cpu") is torch.float32
