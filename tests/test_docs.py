@@ -336,7 +336,13 @@ def run(tiny_policy, tmp_path_factory) -> Path:
     """Output folder of two real steps with an evaluation."""
     output = tmp_path_factory.mktemp("run")
     args = tiny_args(
-        output, log_completions=True, num_completions_to_print=0, eval_strategy="steps", eval_steps=2, beta=0.0
+        output,
+        log_completions=True,
+        num_completions_to_print=0,
+        eval_strategy="steps",
+        eval_steps=2,
+        beta=0.0,
+        update_share=0.5,  # for the metrics of the budget
     )
     rewards = [low_bytes, spread_bytes]
     trainer = GD2POTrainer(
