@@ -54,13 +54,14 @@ class CollapseWatch:
 
     def __init__(self, reward_names: Sequence[str], window: int = WINDOW):
         self.reward_names = list(reward_names)
+        self.window = window
         self.batches: deque[Sequence[Sequence[float]]] = deque(maxlen=window)
         self.has_warned = False
 
     def update(self, statistics: Sequence[Sequence[float]]) -> str | None:
         """A warning if the signature shows after this batch's [`collapse_statistics`], as lists; else `None`."""
         self.batches.append(statistics)
-        if self.has_warned or len(self.batches) < self.batches.maxlen:
+        if self.has_warned or len(self.batches) < self.window:
             return None
         means, raising, dropped = zip(*self.batches, strict=True)
         for index, name in enumerate(self.reward_names):

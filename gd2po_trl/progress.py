@@ -149,7 +149,9 @@ class RewardProgress(ProgressCallback):
 
     def _print_samples(self, state: Any) -> None:
         logs = getattr(self.trainer, "_logs", None)
-        count = len(logs["prompt"]) if logs else 0
+        if not logs:
+            return
+        count = len(logs["prompt"])
         # Drawn from the step, so that no random number of the training is used up.
         chosen = random.Random(state.global_step).sample(range(count), min(self.num_samples, count))
         for index in sorted(chosen):

@@ -22,9 +22,22 @@ HISTORY = "recipe_history.json"
 LOCK = "_run.lock"  # the Hub's uploads leave out what starts so
 
 # What the weights and the optimizer of a checkpoint belong to.
-FIXED = ("model_name_or_path", "model_revision", "dtype", "load_in_4bit", "load_in_8bit", "use_peft", "lora_r")
-FIXED += ("lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters", "lora_modules_to_save")
-FIXED += ("use_rslora", "use_dora")
+FIXED = (
+    "model_name_or_path",
+    "model_revision",
+    "dtype",
+    "load_in_4bit",
+    "load_in_8bit",
+    "use_peft",
+    "lora_r",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_target_modules",
+    "lora_target_parameters",
+    "lora_modules_to_save",
+    "use_rslora",
+    "use_dora",
+)
 REWARDS = ("reward_funcs", "reward_kwargs")
 # What a checkpoint brings with it, so that another value would not apply, or only halfway.
 OF_THE_CHECKPOINT = (
@@ -34,8 +47,12 @@ OF_THE_CHECKPOINT = (
     "warmup_steps",
     "optim",
     "optim_args",
+    "optim_target_modules",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
 )
-OF_THE_CHECKPOINT += ("optim_args", "optim_target_modules", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 # They say where and how a run starts, not how it trains.
 ABOUT_THE_RUN = (
     "push_to_hub",

@@ -59,7 +59,7 @@ def find_examples(
     if not directions:
         return []
     names = rollouts.reward_names
-    row_step = np.repeat(groups.steps, groups.sizes)
+    row_step: np.ndarray = np.repeat(groups.steps, groups.sizes)
     recent = row_step >= np.quantile(np.unique(groups.steps), 1 - RECENT)
     prompt = rollouts.prompt[groups.order] if rollouts.layout.prompt is not None else normalized.group
     per_direction = max(count // len(directions), 1)

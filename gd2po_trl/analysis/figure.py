@@ -6,6 +6,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ..diagnostics import pair_name
@@ -27,9 +28,9 @@ MAX_ANNOTATED = 10
 
 def draw(analysis: Analysis, path: Path) -> None:
     """Draw `analysis` into the PNG file `path`. No display is needed, and no global state of matplotlib is touched."""
-    figure = Figure(figsize=(16, 9.4), dpi=130, facecolor="white", layout="constrained")
+    layout = ConstrainedLayoutEngine(w_pad=0.18, h_pad=0.16, wspace=0.04, hspace=0.05)
+    figure = Figure(figsize=(16, 9.4), dpi=130, facecolor="white", layout=layout)
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(w_pad=0.18, h_pad=0.16, wspace=0.04, hspace=0.05)
     panels = figure.subplots(2, 3)
     for panel in panels.flat:
         panel.spines[["top", "right"]].set_visible(False)

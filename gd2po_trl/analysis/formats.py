@@ -200,7 +200,7 @@ def _parquet_chunks(file: Path, columns: Sequence[str] | None) -> Iterator[pd.Da
 
 
 def _as_objects(column: pa.Array) -> np.ndarray:
-    values = np.empty(len(column), dtype=object)
+    values: np.ndarray = np.empty(len(column), dtype=object)
     values[:] = column.to_pylist()
     return values
 

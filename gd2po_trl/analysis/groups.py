@@ -89,15 +89,15 @@ def find_groups(rollouts: Rollouts, num_generations: int | None = None) -> Group
     run, step, prompt = rollouts.run[rows], rollouts.step[rows], rollouts.prompt[rows]
     if rollouts.layout.prompt is None:
         return _groups_by_order(rollouts, rows, num_generations, notes)
-    is_start = np.ones(len(rows), dtype=bool)
+    is_start: np.ndarray = np.ones(len(rows), dtype=bool)
     is_start[1:] = (prompt[1:] != prompt[:-1]) | (step[1:] != step[:-1]) | (run[1:] != run[:-1])
-    side_by_side = np.diff(np.append(np.flatnonzero(is_start), len(rows)))
+    side_by_side: np.ndarray = np.diff(np.append(np.flatnonzero(is_start), len(rows)))
     size = num_generations or _frequent_run_length(side_by_side)
     if _is_written_in_groups(side_by_side, size, is_guess=num_generations is None):
         # Every run of equal prompts is cut into groups; a shorter rest stays a group of its own.
         position = np.arange(len(rows)) - np.repeat(np.cumsum(side_by_side) - side_by_side, side_by_side)
         group_start = is_start | (position % size == 0)
-        sizes = np.diff(np.append(np.flatnonzero(group_start), len(rows)))
+        sizes: np.ndarray = np.diff(np.append(np.flatnonzero(group_start), len(rows)))
     else:
         key = np.lexsort((prompt, step, run))  # stable: file order within a prompt
         rows, run, step, prompt = rows[key], run[key], step[key], prompt[key]
@@ -110,7 +110,7 @@ def find_groups(rollouts: Rollouts, num_generations: int | None = None) -> Group
             sizes = np.diff(np.append(np.flatnonzero(group_start), len(rows)))
         _note_large_groups(sizes, num_generations, notes)
 
-    grouped = np.repeat(sizes > 1, sizes)
+    grouped: np.ndarray = np.repeat(sizes > 1, sizes)
     alone = int((~grouped).sum())
     if alone == len(rows):
         raise UsageError(
@@ -147,7 +147,7 @@ def _groups_by_order(rollouts: Rollouts, rows: np.ndarray, num_generations: int 
             "--num-generations G."
         )
     run, step = rollouts.run[rows], rollouts.step[rows]
-    parts = np.flatnonzero((run[1:] != run[:-1]) | (step[1:] != step[:-1])) + 1
+    parts: np.ndarray = np.flatnonzero((run[1:] != run[:-1]) | (step[1:] != step[:-1])) + 1
     counts = np.diff([0, *parts, len(rows)])
     if (counts % num_generations).any():
         wrong = int(np.flatnonzero(counts % num_generations)[0])
@@ -192,12 +192,12 @@ def _without_remnants(rollouts: Rollouts, rows: np.ndarray, notes: list[str]) ->
     """
     trl_files = np.array([is_trl_table(file) for file in rollouts.files])
     run, step, prompt = rollouts.run[rows], rollouts.step[rows], rollouts.prompt[rows]
-    kept = np.ones(len(rows), dtype=bool)
-    tables = np.flatnonzero((run[1:] != run[:-1]) | (step[1:] != step[:-1])) + 1
+    kept: np.ndarray = np.ones(len(rows), dtype=bool)
+    tables: np.ndarray = np.flatnonzero((run[1:] != run[:-1]) | (step[1:] != step[:-1])) + 1
     for table in np.split(np.arange(len(rows)), tables):
         if not trl_files[rollouts.file[rows[table]]].all():
             continue
-        starts = np.flatnonzero(prompt[table][1:] != prompt[table][:-1]) + 1
+        starts: np.ndarray = np.flatnonzero(prompt[table][1:] != prompt[table][:-1]) + 1
         first, *others = np.diff([0, *starts, len(table)])
         if others and first < _frequent_run_length(np.array(others)):
             kept[table[:first]] = False
@@ -218,7 +218,7 @@ def _without_repeated_tables(rollouts: Rollouts) -> tuple[np.ndarray, int]:
     # Sorted, so that the order of the rows within a step does not matter.
     order = np.lexsort((*columns[::-1], rollouts.step, rollouts.run))
     run, step = rollouts.run[order], rollouts.step[order]
-    boundaries = np.flatnonzero((run[1:] != run[:-1]) | (step[1:] != step[:-1])) + 1
+    boundaries: np.ndarray = np.flatnonzero((run[1:] != run[:-1]) | (step[1:] != step[:-1])) + 1
     tables = np.split(order, boundaries)
 
     def equal(first: np.ndarray, second: np.ndarray) -> bool:
@@ -227,7 +227,7 @@ def _without_repeated_tables(rollouts: Rollouts) -> tuple[np.ndarray, int]:
         )
 
     repeats = [here for before, here in pairwise(tables) if len(before) == len(here) and equal(before, here)]
-    kept = np.ones(len(rollouts), dtype=bool)
+    kept: np.ndarray = np.ones(len(rollouts), dtype=bool)
     for table in repeats:
         kept[table] = False
     return np.flatnonzero(kept), len(repeats)

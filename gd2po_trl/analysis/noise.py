@@ -62,7 +62,7 @@ def look_like_noise(rollouts: Rollouts, groups: Groups, normalized: "Normalized"
 
 def _standardized(values: np.ndarray, groups: Groups) -> np.ndarray:
     """`values` `(R, C)` with mean 0 and standard deviation 1 within each group; 0 where a group is constant."""
-    sizes = np.repeat(groups.sizes, groups.sizes)[:, None]
+    sizes: np.ndarray = np.repeat(groups.sizes, groups.sizes)[:, None]
     deviation = values - np.repeat(np.add.reduceat(values, groups.starts), groups.sizes, axis=0) / sizes
     squares = np.repeat(np.add.reduceat(deviation**2, groups.starts), groups.sizes, axis=0)
     scale = np.sqrt(squares / np.maximum(sizes - 1, 1))
@@ -99,7 +99,7 @@ def _between_groups(values: np.ndarray, scored: np.ndarray, groups: Groups) -> l
 
 def _repeated_pairs(rollouts: Rollouts, groups: Groups) -> np.ndarray | None:
     """Pairs, `(P, 2)`, of rollouts of a group with equal completions; `None` if most are in such a pair."""
-    group = np.repeat(np.arange(len(groups.sizes)), groups.sizes)
+    group: np.ndarray = np.repeat(np.arange(len(groups.sizes)), groups.sizes)
     completion = rollouts.completion[groups.order]
     order = np.lexsort((completion, group))
     same = (group[order][1:] == group[order][:-1]) & (completion[order][1:] == completion[order][:-1])

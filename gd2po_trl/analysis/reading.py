@@ -172,8 +172,8 @@ def read_rollouts(sources: Sequence[str | Path], reward_names: Sequence[str] | N
             rows += len(chunk)
             parts.append(part)
     for name, cells in replaced.items():
-        texts = ", ".join(repr(text) for text in dict.fromkeys(cells))
-        warnings.append(f"{len(cells):,} values of {name} are {texts[:80]}: these rollouts count as not scored by it.")
+        shown = ", ".join(repr(text) for text in dict.fromkeys(cells))
+        warnings.append(f"{len(cells):,} values of {name} are {shown[:80]}: these rollouts count as not scored by it.")
 
     joined = {name: np.concatenate([part.pop(name) for part in parts]) for name in list(parts[0])}
     extra = {"total" if name == total else name: joined[f"extra {name}"] for name in extra_names}
@@ -460,7 +460,7 @@ def _content(message: Any) -> bool:
 def hash_texts(values: Iterable[Any]) -> tuple[np.ndarray, np.ndarray]:
     """Hashes, uint64, and lengths, int64, of prompts or completions: text or messages."""
     listed = list(values)
-    texts = np.empty(len(listed), dtype=object)
+    texts: np.ndarray = np.empty(len(listed), dtype=object)
     texts[:] = [
         value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str) for value in listed
     ]

@@ -48,7 +48,7 @@ class Normalized:
     @property
     def scored(self) -> np.ndarray:
         """Which rollouts some reward scored, `(R,)` bool."""
-        return self.scored_by.any(1)
+        return np.any(self.scored_by, axis=1)
 
 
 def normalize(rollouts: Rollouts, groups: Groups, weights: np.ndarray, scale_rewards: str = "group") -> Normalized:
@@ -56,7 +56,7 @@ def normalize(rollouts: Rollouts, groups: Groups, weights: np.ndarray, scale_rew
     rewards = rollouts.rewards[groups.order]
     unweighted = np.zeros_like(rewards)
     weighted = np.zeros_like(rewards)
-    conflict = np.zeros(len(rewards), dtype=bool)
+    conflict: np.ndarray = np.zeros(len(rewards), dtype=bool)
     agreement = np.zeros(len(rewards))
     batch = groups.steps if scale_rewards == "batch" else np.zeros_like(groups.steps)
     for size, step in np.unique(np.stack([groups.sizes, batch], axis=1), axis=0).tolist():

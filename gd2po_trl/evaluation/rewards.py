@@ -174,7 +174,8 @@ def _score(score: dict[str, float | None], label: str, weights: dict[str, float]
         return score[label]
     # A reward of weight 0 is only watched: where it gave no score, the sum is none the worse.
     values = [(weight, score[name]) for name, weight in weights.items() if weight]
-    return None if any(value is None for _, value in values) else math.fsum(w * value for w, value in values)
+    scored = [weight * value for weight, value in values if value is not None]
+    return math.fsum(scored) if len(scored) == len(values) else None
 
 
 def mean_and_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float | None, list[float] | None]:

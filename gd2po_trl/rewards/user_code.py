@@ -48,8 +48,8 @@ def import_reward(path: str, label: str, beside: Path | None = None) -> Any:
         hint = f"Did you mean {module_name}.{close[0]}?" if close else f"It has: {', '.join(names) or 'no function'}."
         raise UsageError(f"{where}, but {_file_of(module)} has no `{attribute}`. {hint}") from None
     if not callable(target):
-        names = ", ".join(_callables(module)) or "none"
-        raise UsageError(f"{where}, which is not a function or class. Those of {_file_of(module)}: {names}.")
+        listed = ", ".join(_callables(module)) or "none"
+        raise UsageError(f"{where}, which is not a function or class. Those of {_file_of(module)}: {listed}.")
     return target
 
 

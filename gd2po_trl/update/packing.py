@@ -60,7 +60,8 @@ def run_packed(
     """
     device = batches[0].prompt_ids.device
     ids = torch.cat([torch.cat([b.prompt_ids, b.completion_ids], dim=1).flatten() for b in batches])
-    offsets, end = [], 0
+    offsets: list[int] = []
+    end = 0
     for batch in batches:
         rows, width = batch.completion_ids.shape
         offsets += range(end, end + rows * width, width) if width else [end] * rows
