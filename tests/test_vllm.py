@@ -80,5 +80,7 @@ def test_three_steps_through_the_real_engine(tmp_path):
     difference = [entry["sampling/sampling_logp_difference/mean"] for entry in history]
     print(f"largest change of a parameter {moved:.4f}; mean difference of log-probabilities {difference}")
     assert moved > 1e-2
+    # Old log-probabilities and the update ran packed.
+    assert trainer._update.packing_off is None and trainer._update._checked
     # Without the sync of the weights, the difference would grow with every step.
     assert max(difference) < 5e-3
