@@ -456,7 +456,7 @@ def test_recipe_builds_a_reward_model_under_its_label(cost_model):
     reward = resolve_reward("harmless", {"type": "reward_model", "model": str(cost_model), "dtype": "float32"})
     assert isinstance(reward, RewardModel)
     assert reward.__name__ == "harmless"
-    with pytest.raises(UsageError, match="unexpected keyword argument 'singn'"):
+    with pytest.raises(UsageError, match="singn"):
         resolve_reward("harmless", {"type": "reward_model", "model": str(cost_model), "singn": -1})
 
 

@@ -101,7 +101,7 @@ def test_one_error_line(recipe_file, tmp_path, changes, words, capsys):
 
 
 def test_help(capsys):
-    assert main(["sft", "--help"]) == 0 and "--config" in capsys.readouterr().out
+    assert main(["sft", "--help"]) == 0 and "--max_length" in capsys.readouterr().out
     assert main(["sft", "--help-all"]) == 0
     text = capsys.readouterr().out
     assert "--max_length" in text and "--reward_funcs" not in text
