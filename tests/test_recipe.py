@@ -128,7 +128,7 @@ def test_methods(write, method, expected):
         ({"reward_weights": [1.0, "x"]}, ["reward_weights", "'x'"]),
         ({"reward_weights": [1.0, float("nan")]}, ["reward_weights", "nan"]),
         ({"reward_kwargs": [1]}, ["reward_kwargs"]),
-        ({"reward_kwargs": {"length": 3}}, ["reward_kwargs.length", "3"]),
+        ({"reward_kwargs": {"length": 3}}, ["reward_kwargs.length", "int"]),
         ({"model_name_or_path": None}, ["model_name_or_path"]),
         ({"long_prompts": "shorten"}, ["long_prompts", "shorten"]),
         ({"max_prompt_tokens": 0}, ["max_prompt_tokens"]),
