@@ -7,11 +7,56 @@ processes with different batches can agree on a plan by taking the maximum of th
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from .layout import gathered_keys, segments_of
 from .rows import RowTable
+
+
+@dataclass
+class MicroBatch:
+    """
+    A micro-batch to train.
+
+    Args:
+        batch (`dict`):
+            As TRL's loss takes it.
+        table ([`RowTable`]):
+            Its rows, as far as planning goes.
+        factor (`float` or `torch.Tensor`):
+            What its loss is multiplied by.
+    """
+
+    batch: dict[str, Any]
+    table: RowTable
+    factor: Any
+
+    @property
+    def num_rows(self) -> int:
+        """Rows, equal on all processes. Without any, TRL's loss is not computed."""
+        return len(self.batch["advantages"])
+
+
+@dataclass
+class Window:
+    """
+    The forwards of consecutive slots that belong to one optimizer step and one pass over the generation batch.
+
+    Args:
+        first (`int`):
+            The first slot.
+        ends (list of `int`):
+            The last slot of each forward, ascending.
+        pending (list of `int`):
+            Slots that were collected and whose forward is not due yet.
+    """
+
+    first: int
+    ends: list[int]
+    pending: list[int] = field(default_factory=list)
 
 
 def join_tables(tables: Sequence[RowTable]) -> RowTable:

@@ -10,7 +10,6 @@ bonuses and metrics keep their meaning, since each is still computed over the mi
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +17,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import gather
 from trl.models.utils import disable_gradient_checkpointing
 
-from .plan import cost, cost_tables, cut, fill_forwards, join_tables
+from .plan import MicroBatch, Window, cost, cost_tables, cut, fill_forwards, join_tables
 from .refusals import base_model, reason_not_to_pack, reason_to_train_all_rows
 from .rows import (
     RowTable,
@@ -41,49 +40,6 @@ logger = get_logger(__name__)
 
 # Rollouts of the self-check: enough for a prompt with several, few enough to cost nothing.
 CHECKED_ROLLOUTS = 4
-
-
-@dataclass
-class MicroBatch:
-    """
-    A micro-batch to train.
-
-    Args:
-        batch (`dict`):
-            As TRL's loss takes it.
-        table ([`RowTable`]):
-            Its rows, as far as planning goes.
-        factor (`float` or `torch.Tensor`):
-            What its loss is multiplied by.
-    """
-
-    batch: dict[str, Any]
-    table: RowTable
-    factor: Any
-
-    @property
-    def num_rows(self) -> int:
-        """Rows, equal on all processes. Without any, TRL's loss is not computed."""
-        return len(self.batch["advantages"])
-
-
-@dataclass
-class Window:
-    """
-    The forwards of consecutive slots that belong to one optimizer step and one pass over the generation batch.
-
-    Args:
-        first (`int`):
-            The first slot.
-        ends (list of `int`):
-            The last slot of each forward, ascending.
-        pending (list of `int`):
-            Slots that were collected and whose forward is not due yet.
-    """
-
-    first: int
-    ends: list[int]
-    pending: list[int] = field(default_factory=list)
 
 
 class Update:
