@@ -1,6 +1,8 @@
 """Shared fixtures: the folder with real data, and a tiny policy."""
 
 import os
+import signal
+import sys
 from pathlib import Path
 
 
@@ -16,6 +18,25 @@ from tiny import save_tiny_policy, save_tiny_reward_model
 settings.register_profile("thorough", max_examples=3000)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(autouse=True)
+def modules_of_one_test(tmp_path_factory):
+    """Modules that a test wrote and imported are gone after it: the next one may write others of the same name."""
+    before = set(sys.modules)
+    yield
+    written = tmp_path_factory.getbasetemp()
+    for name in set(sys.modules) - before:
+        file = getattr(sys.modules[name], "__file__", None)
+        if file and Path(file).is_relative_to(written):
+            del sys.modules[name]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def ctrl_c_of_a_terminal():
+    """Ctrl-C raises `KeyboardInterrupt`, also where a shell started the tests in the background, which ignores it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
