@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from .reporting import make_table
 from .run_log import LogHistory, ends, held_out_change, reward_names, series, training_change
-from .terminal import duration, fill, make_console, make_table, number, printable, shorten
+from .terminal import duration, fill, make_console, number, printable, shorten
 
 
 if TYPE_CHECKING:

@@ -1,17 +1,16 @@
-"""What every command shares that writes to a terminal: safe text, tables that fit, and each warning once."""
+"""What every command shares that writes to a terminal: safe text, and each warning once."""
 
 import logging
 import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
 
 def make_console(**options) -> "Console":
@@ -25,52 +24,6 @@ def make_console(**options) -> "Console":
     if not sys.stdout.isatty():
         options.setdefault("force_terminal", False)
     return Console(markup=False, emoji=False, highlight=False, force_jupyter=False, **options)
-
-
-def make_table(
-    title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "", text_columns: int = 1
-) -> "Table":
-    """
-    A table for a terminal.
-
-    Names are wrapped between words and cut nowhere; numbers are never wrapped.
-
-    Args:
-        title (`str`): What it shows.
-        columns (sequence of `str`): Headings.
-        rows (iterable of sequences of `str`): One cell per column.
-        caption (`str`, *optional*): How to read it.
-        text_columns (`int`, *optional*, defaults to 1): How many columns from the left are text, not numbers.
-    """
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(
-        title=Text(title, style="bold"),
-        caption=Text(caption) if caption else None,
-        title_justify="left",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1),
-        pad_edge=False,
-    )
-    rows = list(rows)
-    for index, column in enumerate(columns):
-        # A column of numbers is as wide as they or the longest word of its heading are, so that names get the rest.
-        width = max([*map(len, column.split()), *(len(row[index]) for row in rows), 1])
-        is_text = index < text_columns
-        heading = column if is_text else textwrap.fill(column, width, break_on_hyphens=False)
-        table.add_column(
-            Text(printable(heading)),
-            justify="left" if is_text else "right",
-            vertical="top" if is_text else "bottom",
-            overflow="fold",
-            no_wrap=not is_text,
-        )
-    for row in rows:
-        table.add_row(*(Text(printable(cell)) for cell in row))
-    return table
 
 
 def shorten(text: str, length: int) -> str:

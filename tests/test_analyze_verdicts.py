@@ -12,9 +12,10 @@ from trl import GRPOConfig, GRPOTrainer
 
 from gd2po_trl import GD2POTrainer
 from gd2po_trl.analysis import VerdictCallback, analyze_rewards
-from gd2po_trl.analysis.wording import interval, percent
+from gd2po_trl.analysis.wording import interval
 from gd2po_trl.errors import UsageError
 from gd2po_trl.recipe import load_recipe
+from gd2po_trl.reporting import percent
 from gd2po_trl.training import run_recipe
 
 

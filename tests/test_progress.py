@@ -11,8 +11,9 @@ from tiny import letters_dataset, low_bytes, spread_bytes, tiny_args
 from gd2po_trl import GD2POTrainer
 from gd2po_trl.cli.train import print_end
 from gd2po_trl.progress import RewardProgress, print_change
+from gd2po_trl.reporting import make_table
 from gd2po_trl.run_log import reward_names, training_change
-from gd2po_trl.terminal import _Once, duration, fill, make_console, make_table, number
+from gd2po_trl.terminal import _Once, duration, fill, make_console, number
 
 
 def console(width: int = 80, terminal: bool = False) -> Console:

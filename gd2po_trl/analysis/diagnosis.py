@@ -8,8 +8,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..reporting import join, percent
 from .results import Analysis, PairFigures, RewardFigures
-from .wording import join, number, percent
+from .wording import number
 
 
 # Rules of thumb of this report: below the first share of conflicting rollouts, among those with an advantage under

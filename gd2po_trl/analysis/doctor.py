@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import UsageError
+from ..reporting import join
 from .diagnosis import Finding, Recommendation, diagnose, equalizing_weights
 from .examples import Example, find_examples
 from .formats import Layout
@@ -17,7 +18,6 @@ from .results import Analysis
 from .statistics import measure, normalize
 from .summary import summarize
 from .weights import Weights, doubts, find_weights
-from .wording import join
 
 
 if TYPE_CHECKING:

@@ -2,8 +2,6 @@
 
 import base64
 import html
-import json
-import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,10 +13,11 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from ..errors import UsageError
-from ..terminal import make_console, make_table, printable, shorten
+from ..reporting import Table, make_table, write_json
+from ..terminal import make_console, printable, shorten
 from .doctor import Report
 from .examples import Example
-from .tables import Table, tables
+from .tables import tables
 from .wording import number
 
 
@@ -162,19 +161,10 @@ def write_report(folder: Path, report: Report) -> list[Path]:
         draw(report, paths[1])
         page = render_html(report, paths[1].read_bytes())
         paths[0].write_text(page, encoding="utf-8", errors="backslashreplace")  # a lone surrogate in a completion
-        document = _without_nan(report.to_dict())
-        paths[2].write_text(json.dumps(document, indent=1, allow_nan=False), encoding="utf-8")
+        write_json(paths[2], report.to_dict())
     except OSError as error:
         raise UsageError(f"the report cannot be written to '{folder}': {error}. Choose another --output.") from error
     return paths
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def render_html(report: Report, picture: bytes = b"") -> str:

@@ -5,8 +5,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from ..reporting import join, percent
 from .results import Analysis
-from .wording import interval, join, percent
+from .wording import interval
 
 
 # Fewer groups than this, and the figures are called rough.

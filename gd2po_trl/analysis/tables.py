@@ -1,33 +1,15 @@
 """The tables of the report, once, as plain text cells: for the terminal and for HTML alike."""
 
 import math
-from dataclasses import dataclass
 from itertools import pairwise
 
+from ..reporting import Table, percent
 from .results import Analysis
-from .wording import number, percent
+from .wording import number
 
 
 # Rows of the table over training.
 PERIODS = 5
-
-
-@dataclass(frozen=True)
-class Table:
-    """
-    A table of text.
-
-    Args:
-        title (`str`): What it shows.
-        help (`str`): How to read it.
-        columns (`list[str]`): Headings; the first column is text, the others are numbers.
-        rows (`list[list[str]]`): One cell per column.
-    """
-
-    title: str
-    help: str
-    columns: list[str]
-    rows: list[list[str]]
 
 
 def tables(analysis: Analysis) -> list[Table]:
@@ -45,8 +27,6 @@ def _rewards(analysis: Analysis) -> Table:
     some_unscored = any(one.scored < 1 for one in analysis.rewards)
     return Table(
         "Rewards",
-        "“spread”: standard deviation within the groups in which the reward varies. “constant”: share of groups "
-        "in which all rollouts get the same value, or none; they teach nothing of this reward.",
         ["reward", "weight", *(["scored"] if some_unscored else []), "mean", "min", "max", "spread", "constant"],
         [
             [
@@ -58,28 +38,31 @@ def _rewards(analysis: Analysis) -> Table:
             ]
             for one in analysis.rewards
         ],
+        help=(
+            "“spread”: standard deviation within the groups in which the reward varies. “constant”: share of groups "
+            "in which all rollouts get the same value, or none; they teach nothing of this reward."
+        ),
     )
 
 
 def _shares(analysis: Analysis) -> Table:
     return Table(
         "Which reward decides",
-        "Share of the squared advantage that comes from each reward. A negative one belongs to a reward that loses "
-        "against the others.",
         ["reward", "summed first (GRPO)", "normalized first (GDPO)"],
         [
             [one.name, percent(one.share_sum_then_normalise), percent(one.share_normalise_then_sum)]
             for one in analysis.rewards
         ],
+        help=(
+            "Share of the squared advantage that comes from each reward. A negative one belongs to a reward that "
+            "loses against the others."
+        ),
     )
 
 
 def _pairs(analysis: Analysis) -> Table:
     return Table(
         "Pairs of rewards",
-        "Shares of all scored rollouts. “1st favors”: the first gives a positive advantage, the second a negative "
-        "one. “by chance”: what shuffling each reward within its groups would give. “corr.”: correlation of the "
-        "values within groups.",
         ["first / second", "conflict", "1st favors", "2nd favors", "by chance", "corr."],
         [
             [
@@ -92,15 +75,17 @@ def _pairs(analysis: Analysis) -> Table:
             ]
             for one in sorted(analysis.pairs, key=lambda pair: -pair.conflict_ratio)
         ],
+        help=(
+            "Shares of all scored rollouts. “1st favors”: the first gives a positive advantage, the second a negative "
+            "one. “by chance”: what shuffling each reward within its groups would give. “corr.”: correlation of the "
+            "values within groups."
+        ),
     )
 
 
 def _filters(analysis: Analysis) -> Table:
     return Table(
         "What the filters would keep",
-        "“of those with advantage”: of the rollouts to which some reward gives an advantage. “summed advantages”: of "
-        "the sum of |advantage| over the rollouts. “emptied groups”: of those with an advantage, the groups that keep "
-        "no rollout.",
         ["filter", "rollouts", "of those with advantage", "summed advantages", "emptied groups"],
         [
             [
@@ -112,19 +97,26 @@ def _filters(analysis: Analysis) -> Table:
             ]
             for one in analysis.filters
         ],
+        help=(
+            "“of those with advantage”: of the rollouts to which some reward gives an advantage. “summed advantages”: "
+            "of the sum of |advantage| over the rollouts. “emptied groups”: of those with an advantage, the groups "
+            "that keep no rollout."
+        ),
     )
 
 
 def _consensus(analysis: Analysis) -> Table:
     return Table(
         "Consensus weight",
-        "Share of groups, by the share of their rollouts that the filter keeps. GD²PO multiplies a group's advantages "
-        "by that share.",
         ["filter", "none", "≤1/4", "≤1/2", "≤3/4", "<1", "all", "mean"],
         [
             [one.label, *(percent(share) for share in one.consensus_distribution), number(one.consensus_mean)]
             for one in analysis.filters
         ],
+        help=(
+            "Share of groups, by the share of their rollouts that the filter keeps. GD²PO multiplies a group's "
+            "advantages by that share."
+        ),
     )
 
 
@@ -143,8 +135,6 @@ def _course(analysis: Analysis) -> Table:
     series = (over.conflict_ratio, over.unrelated_ratio, over.cancellation, over.groups_without_signal)
     return Table(
         "Over training",
-        "Steps are pooled into equal parts; report.json has every step. “cancels out”: share of the rewards' "
-        "advantages that is gone in their sum. “no reward varies”: share of groups.",
         ["steps", "rollouts", "conflict", "by chance", "cancels out", "no reward varies"],
         [
             [
@@ -154,6 +144,10 @@ def _course(analysis: Analysis) -> Table:
             ]
             for name, part in _periods(analysis)
         ],
+        help=(
+            "Steps are pooled into equal parts; report.json has every step. “cancels out”: share of the rewards' "
+            "advantages that is gone in their sum. “no reward varies”: share of groups."
+        ),
     )
 
 
@@ -162,12 +156,12 @@ def _reward_course(analysis: Analysis) -> Table:
     periods = _periods(analysis)
     return Table(
         "Mean reward over training",
-        "Per range of steps. As logged, before the weights.",
         ["reward", *(name for name, _ in periods)],
         [
             [reward, *(number(_mean(values[part], over.rollouts[part])) for _, part in periods)]
             for reward, values in over.reward_mean.items()
         ],
+        help="Per range of steps. As logged, before the weights.",
     )
 
 

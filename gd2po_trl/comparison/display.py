@@ -3,7 +3,8 @@
 import math
 from typing import TYPE_CHECKING, Any
 
-from ..terminal import duration, make_console, make_table, number
+from ..reporting import make_table
+from ..terminal import duration, make_console, number
 from .results import Comparison, Results
 from .running import Progress
 from .statistics import Interval, mean_interval

@@ -1,10 +1,11 @@
 """A comparison as markdown tables and as JSON."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
+from .. import reporting
+from ..reporting import markdown_table
 from .curves import AXES, counted_rewards
 from .results import SIGNIFICANT, Comparison, Results
 from .statistics import Interval, mean_interval, smallest_sign_flip_p
@@ -194,9 +195,7 @@ def _run_count(results: Results, variant: str) -> str:
 
 
 def _table(title: str, header: list[str], rows: list[list[str]]) -> str:
-    lines = [f"**{title}**", "", "| " + " | ".join(header) + " |", "| --- " * len(header) + "|"]
-    lines += ["| " + " | ".join(cells) + " |" for cells in rows]
-    return "\n".join(lines)
+    return f"**{title}**\n\n{markdown_table(header, rows)}"
 
 
 def _test_cells(row: Comparison) -> list[str]:
@@ -271,8 +270,7 @@ def write_json(
             _comparison_entry(row) for rows in (*results.tables.values(), results.contrasts) for row in rows
         ],
     }
-    # JSON has no NaN.
-    path.write_text(json.dumps(_without_nan(document), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    reporting.write_json(path, document)
 
 
 def _comparison_entry(row: Comparison) -> dict[str, Any]:
@@ -291,11 +289,3 @@ def _comparison_entry(row: Comparison) -> dict[str, Any]:
         "p_sign_flip": row.test.p_sign_flip,
         "p_holm": row.p_holm,
     }
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -195,7 +195,8 @@ def mean_and_interval(values: Sequence[float], confidence: float = 0.95) -> tupl
 
 def print_results(results: dict[str, Any]) -> None:
     """Prints a table per data set: before, after, the difference with its interval, and how often the model wins."""
-    from ..terminal import make_console, make_table, number
+    from ..reporting import make_table
+    from ..terminal import make_console, number
 
     console = make_console()
     for name, entry in results["datasets"].items():
