@@ -9,8 +9,8 @@ rows. The batch is two prompts x 4 short completions, and transformers generates
     python benchmarks/full_shapes.py tool_calling/Qwen2.5-1.5B-Instruct/lora --data rlla_4k/test.parquet
     python benchmarks/full_shapes.py tool_calling/Qwen2.5-1.5B-Instruct/full --shape 0.5B --data rlla_4k/test.parquet
 
-It prints the peak memory of each phase beside the arithmetic of `gd2po_trl.memory`, in GB of 10⁹ bytes: memory that is
-the process's own (RssAnon on Linux), less what it holds before the policy is loaded.
+It prints the peak memory of each phase beside the arithmetic of `gd2po_trl.training.memory`, in GB of 10⁹ bytes:
+memory that is the process's own (RssAnon on Linux), less what it holds before the policy is loaded.
 """
 
 import argparse
@@ -27,10 +27,10 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, TrainerCallback
 
 from gd2po_trl import GD2POTrainer
-from gd2po_trl.memory import activations_gb, policy_size
 from gd2po_trl.recipe import load_recipe
-from gd2po_trl.recipe_catalog import recipe_path
+from gd2po_trl.recipe.catalog import recipe_path
 from gd2po_trl.training import run_recipe
+from gd2po_trl.training.memory import activations_gb, policy_size
 
 
 # hidden, intermediate, layers, heads, heads of keys and values; from the published configurations.

@@ -47,7 +47,7 @@ from update_harness import (
 from gd2po_trl.progress import RewardProgress
 from gd2po_trl.quickstart.prepare import HELD_OUT_FILE, POLICY_FOLDER, TRAIN_FILE, prepare
 from gd2po_trl.recipe import load_recipe
-from gd2po_trl.recipe_catalog import recipe_path
+from gd2po_trl.recipe.catalog import recipe_path
 from gd2po_trl.run_log import held_out_change, series
 from gd2po_trl.training import run_recipe
 

@@ -23,7 +23,7 @@ PUBLIC: dict[str, tuple[str, ...]] = {
     "gd2po_trl.diagnostics": ("conflict_metrics", "pair_conflicts"),
     "gd2po_trl.recipe": ("load_recipe", "Recipe", "RecipeArguments", "DatasetArguments"),
     "gd2po_trl.training": ("run_recipe",),
-    "gd2po_trl.sft": ("load_sft_recipe", "run_sft"),
+    "gd2po_trl.training.sft": ("load_sft_recipe", "run_sft"),
     "gd2po_trl.progress": ("RewardProgress",),
     "gd2po_trl.rewards": ("resolve_reward",),
     "gd2po_trl.rewards.tool_calling": ("Correctness", "Format", "Length", "correctness", "format", "length"),

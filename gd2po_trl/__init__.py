@@ -1,6 +1,9 @@
 """Multi-reward RL post-training with GD²PO on top of TRL."""
 
+import sys
 from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.util import spec_from_loader
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
@@ -30,6 +33,34 @@ __all__ = [
     "compute_advantages",
     "subsample_advantages",
 ]
+
+# Modules that 0.2 moved, by their names in 0.1, which recipes and scripts may still use.
+_MOVED = {
+    "dry_run": "training.dry_run",
+    "memory": "training.memory",
+    "policy": "training.policy",
+    "recipe_catalog": "recipe.catalog",
+    "recipe_files": "recipe.files",
+    "recipe_keys": "recipe.keys",
+    "recipe_values": "recipe.values",
+    "resuming": "training.resuming",
+    "sft": "training.sft",
+}
+
+
+class _MovedModules(MetaPathFinder, Loader):
+    """Imports the modules of [`_MOVED`] under their old names: the same module objects, not copies."""
+
+    def find_spec(self, fullname, path=None, target=None):
+        package, _, module = fullname.partition(".")
+        return spec_from_loader(fullname, self) if package == __name__ and module in _MOVED else None
+
+    def exec_module(self, module):
+        old = module.__spec__.name
+        sys.modules[old] = import_module(f".{_MOVED[old.partition('.')[2]]}", __name__)
+
+
+sys.meta_path.append(_MovedModules())
 
 
 def __getattr__(name: str) -> Any:

@@ -25,10 +25,10 @@ from gd2po_trl import cli as gd2po
 from gd2po_trl.diagnostics import conflict_metrics
 from gd2po_trl.gd2po_config import GD2PO_FIELDS
 from gd2po_trl.recipe import RecipeArguments, load_recipe
-from gd2po_trl.recipe_catalog import recipe_path
+from gd2po_trl.recipe.catalog import recipe_path
 from gd2po_trl.rewards import BUILT_IN, resolve_reward
 from gd2po_trl.rewards.direction import published_direction, resolve_direction
-from gd2po_trl.sft import load_sft_recipe
+from gd2po_trl.training.sft import load_sft_recipe
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -230,7 +230,7 @@ def assert_gd2po_parses(words: list[str], tmp_path: Path, monkeypatch) -> None:
     command = words[0]
     with monkeypatch.context() as patch:
         patch.setattr("gd2po_trl.recipe.load_recipe", stand_in(load_recipe, stops=command != "compare"))
-        patch.setattr("gd2po_trl.sft.load_sft_recipe", stand_in(load_sft_recipe, stops=True))
+        patch.setattr("gd2po_trl.training.sft.load_sft_recipe", stand_in(load_sft_recipe, stops=True))
         if command == "compare":
             patch.setattr("gd2po_trl.comparison.experiment.Experiment.run", stop)
         elif command not in ("train", "sft", "quickstart"):

@@ -13,11 +13,11 @@ from transformers import Qwen2Config
 
 from gd2po_trl import GD2POTrainer
 from gd2po_trl.cli import main
-from gd2po_trl.dry_run import batches, dry_run
 from gd2po_trl.errors import UsageError
-from gd2po_trl.memory import activations_gb, peak, policy_size
 from gd2po_trl.recipe import load_recipe
-from gd2po_trl.recipe_catalog import recipe_path
+from gd2po_trl.recipe.catalog import recipe_path
+from gd2po_trl.training.dry_run import batches, dry_run
+from gd2po_trl.training.memory import activations_gb, peak, policy_size
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -170,7 +170,7 @@ def test_steps_are_those_of_the_trainer(tiny_policy, tmp_path, settings):
 
 
 def test_every_gpu_recipe_has_the_memory_that_its_table_says():
-    """The figures of recipes/README.md are those of `gd2po_trl.memory`."""
+    """The figures of recipes/README.md are those of `gd2po_trl.training.memory`."""
     from trl import get_peft_config
 
     page = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")

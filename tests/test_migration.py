@@ -17,7 +17,7 @@ from gd2po_trl import GD2POConfig
 from gd2po_trl.cli import eval as eval_command
 from gd2po_trl.datasets import DATASETS
 from gd2po_trl.recipe import RecipeArguments, load_recipe
-from gd2po_trl.recipe_catalog import recipe_path
+from gd2po_trl.recipe.catalog import recipe_path
 from gd2po_trl.rewards import resolve_reward
 from gd2po_trl.rewards.preference import RewardModel
 

@@ -12,7 +12,7 @@ from nbclient import NotebookClient
 
 from gd2po_trl import GD2POConfig
 from gd2po_trl.recipe import load_recipe
-from gd2po_trl.recipe_catalog import recipe_path
+from gd2po_trl.recipe.catalog import recipe_path
 
 
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"

@@ -17,8 +17,8 @@ from gd2po_trl.cli import main
 from gd2po_trl.errors import UsageError
 from gd2po_trl.packages import check_packages
 from gd2po_trl.recipe import load_recipe
-from gd2po_trl.sft import load_sft_recipe
 from gd2po_trl.training import run_recipe
+from gd2po_trl.training.sft import load_sft_recipe
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ from gd2po_trl.quickstart.task import (
 )
 from gd2po_trl.quickstart.warmup import collate, demonstrate, warm_up
 from gd2po_trl.recipe import load_recipe
-from gd2po_trl.recipe_catalog import recipe_path
+from gd2po_trl.recipe.catalog import recipe_path
 from gd2po_trl.rewards import resolve_reward
 from gd2po_trl.run_log import held_out_change, read_log
 

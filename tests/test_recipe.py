@@ -14,9 +14,9 @@ from gd2po_trl.cli import main
 from gd2po_trl.cli.train import split_arguments
 from gd2po_trl.errors import UsageError
 from gd2po_trl.recipe import load_recipe, read_recipe_file
-from gd2po_trl.recipe_catalog import find_recipe, recipe_path
+from gd2po_trl.recipe.catalog import find_recipe, recipe_path
 from gd2po_trl.rewards import resolve_reward
-from gd2po_trl.sft import load_sft_recipe
+from gd2po_trl.training.sft import load_sft_recipe
 
 
 CPU = {"use_cpu": True, "bf16": False, "output_dir": "outputs/x"}

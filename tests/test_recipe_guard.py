@@ -20,12 +20,12 @@ from gd2po_trl import GD2POConfig
 from gd2po_trl.cli import main
 from gd2po_trl.errors import UsageError
 from gd2po_trl.recipe import Recipe, RecipeArguments, load_recipe, read_recipe_file
-from gd2po_trl.recipe_catalog import files_of, recipe_names, recipe_path, summary
-from gd2po_trl.resuming import write_resolved_recipe
+from gd2po_trl.recipe.catalog import files_of, recipe_names, recipe_path, summary
 from gd2po_trl.rewards.direction import published_direction, resolve_direction
-from gd2po_trl.sft import KINDS as SFT_KINDS
-from gd2po_trl.sft import load_sft_recipe, run_sft
 from gd2po_trl.training import run_recipe
+from gd2po_trl.training.resuming import write_resolved_recipe
+from gd2po_trl.training.sft import KINDS as SFT_KINDS
+from gd2po_trl.training.sft import load_sft_recipe, run_sft
 
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"

@@ -12,10 +12,10 @@ from gd2po_trl import GD2POConfig
 from gd2po_trl.errors import UsageError
 from gd2po_trl.gd2po_config import METHODS
 from gd2po_trl.recipe import RecipeArguments, load_recipe
-from gd2po_trl.recipe_files import METHOD_FIELDS, dump_recipe, merge_layers, read_recipe_file
-from gd2po_trl.recipe_keys import ELSEWHERE, OTHER_NAMES, REMARKS, SECTIONS, suggestion
-from gd2po_trl.recipe_values import RANGES
-from gd2po_trl.sft import KINDS, load_sft_recipe
+from gd2po_trl.recipe.files import METHOD_FIELDS, dump_recipe, merge_layers, read_recipe_file
+from gd2po_trl.recipe.keys import ELSEWHERE, OTHER_NAMES, REMARKS, SECTIONS, suggestion
+from gd2po_trl.recipe.values import RANGES
+from gd2po_trl.training.sft import KINDS, load_sft_recipe
 
 
 RL_KINDS = (RecipeArguments, GD2POConfig, ModelConfig)

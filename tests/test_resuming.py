@@ -16,9 +16,9 @@ from tiny import letters_dataset, low_bytes
 from gd2po_trl.cli import main
 from gd2po_trl.errors import UsageError
 from gd2po_trl.recipe import load_recipe
-from gd2po_trl.resuming import HISTORY, LOCK, RunRecord, only_run_in
 from gd2po_trl.rewards.guard import RewardError
 from gd2po_trl.training import run_recipe
+from gd2po_trl.training.resuming import HISTORY, LOCK, RunRecord, only_run_in
 
 
 LATEST = ["--resume_from_checkpoint", "latest"]
@@ -291,8 +291,8 @@ def test_a_full_disk_is_said(tiny_policy, tmp_path, monkeypatch, capsys, error):
 def test_a_killed_run_leaves_the_folder_free(tiny_policy, tmp_path):
     """The lock is the process's, not the file's."""
     code = (
-        f"import sys, time; from gd2po_trl.resuming import only_run_in\nwith only_run_in({str(tmp_path)!r}):\n"
-        "    print('held', flush=True); time.sleep(60)"
+        "import sys, time; from gd2po_trl.training.resuming import only_run_in\n"
+        f"with only_run_in({str(tmp_path)!r}):\n    print('held', flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline().strip() == "held"

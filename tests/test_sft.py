@@ -8,7 +8,7 @@ from dataset_files import write
 from recipe_stand_ins import GOLD, save_dataset
 
 from gd2po_trl.cli import main
-from gd2po_trl.sft import load_sft_recipe, run_sft
+from gd2po_trl.training.sft import load_sft_recipe, run_sft
 
 
 @pytest.fixture

@@ -330,7 +330,7 @@ def _api_bank(arguments: argparse.Namespace) -> int:
 def _safe_alignment(arguments: argparse.Namespace) -> int:
     from ..evaluation import safe_alignment
     from ..evaluation.engine import generate_predictions, read_predictions
-    from ..recipe_values import without_secrets
+    from ..recipe.values import without_secrets
 
     rewards = safe_alignment.resolve_rewards(reward_options := _reward_options(arguments.reward))
     rows = safe_alignment.load_rows(_data_options(arguments.data), arguments.limit)
@@ -397,7 +397,7 @@ def _rewards(arguments: argparse.Namespace) -> int:
 
 def _recipe_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """The keys of the recipe that --config names or the model's folder holds; none where there is no recipe."""
-    from ..recipe_files import read_recipe_file
+    from ..recipe.files import read_recipe_file
 
     if arguments.config is not None:
         return read_recipe_file(Path(arguments.config))
@@ -489,7 +489,7 @@ def _reward_options(words: list[str]) -> dict[str, dict[str, Any]]:
     options: dict[str, dict[str, Any]] = {}
     for word in words:
         if "=" not in word and word.endswith((".yaml", ".yml")):
-            from ..recipe_files import read_recipe_file
+            from ..recipe.files import read_recipe_file
 
             recipe = read_recipe_file(Path(word))
             labels, kwargs = recipe.get("reward_funcs") or [], _mapping("reward_kwargs", recipe.get("reward_kwargs"))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import UsageError
-from ..recipe_catalog import recipe_path
+from ..recipe.catalog import recipe_path
 
 
 RECIPE = "quickstart/tool_calling"

@@ -8,7 +8,7 @@ from keyword import iskeyword
 from pathlib import Path
 
 from ..errors import UsageError
-from ..recipe_catalog import FOLDER, TEMPLATES, files_of, recipe_names, recipe_path, summary
+from ..recipe.catalog import FOLDER, TEMPLATES, files_of, recipe_names, recipe_path, summary
 
 
 def main(argv: list[str]) -> int:
@@ -74,7 +74,7 @@ def _show(path: Path, *, merged: bool) -> None:
     if merged:
         import yaml
 
-        from ..recipe_files import read_recipe_file
+        from ..recipe.files import read_recipe_file
 
         print(yaml.safe_dump(read_recipe_file(path), allow_unicode=True), end="")
         return

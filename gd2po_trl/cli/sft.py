@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
     set_up_logging()
     from ..progress import RewardProgress
     from ..recipe import print_options
-    from ..sft import KINDS, load_sft_recipe, run_sft
+    from ..training.sft import KINDS, load_sft_recipe, run_sft
 
     if "--help-all" in argv:
         print_options(KINDS, "gd2po sft")

@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
     if is_dry:
         from accelerate import PartialState
 
-        from ..dry_run import dry_run
+        from ..training.dry_run import dry_run
 
         report = dry_run(recipe, completions)
         PartialState().print(report)

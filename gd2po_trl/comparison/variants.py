@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UsageError
-from ..recipe_values import without_secrets
+from ..recipe.values import without_secrets
 
 
 MASK = "***"

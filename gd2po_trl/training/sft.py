@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
-from .datasets import load_dataset_by_name
-from .datasets._sources import checked_prompt, is_empty, iterate_rows
-from .datasets.prompts import render_conversations
-from .errors import UsageError
-from .packages import check_packages
+from ..datasets import load_dataset_by_name
+from ..datasets._sources import checked_prompt, is_empty, iterate_rows
+from ..datasets.prompts import render_conversations
+from ..errors import UsageError
+from ..packages import check_packages
+from ..progress import RewardProgress
+from ..recipe import DatasetArguments, Recipe, parse_recipe
+from . import one_clear_error, prepared_output, train_and_save
 from .policy import check_model, load_tokenizer, policy_arguments
-from .progress import RewardProgress
-from .recipe import DatasetArguments, Recipe, parse_recipe
 from .resuming import RunRecord
-from .training import one_clear_error, prepared_output, train_and_save
 
 
 if TYPE_CHECKING:

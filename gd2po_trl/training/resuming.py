@@ -9,10 +9,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from .errors import UsageError
-from .recipe import Recipe
-from .recipe_files import dump_recipe, read_recipe_file
-from .recipe_values import plain
+from ..errors import UsageError
+from ..recipe import Recipe
+from ..recipe.files import dump_recipe, read_recipe_file
+from ..recipe.values import plain
 
 
 logger = logging.getLogger(__name__)
@@ -251,7 +251,7 @@ def _header(recipe: Recipe, segments: list[dict[str, Any]]) -> str:
     import transformers
     import trl
 
-    from ._version import __version__
+    from .._version import __version__
 
     now = datetime.now(UTC).isoformat(timespec="seconds")
     header = (

@@ -15,11 +15,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from .errors import UsageError
-from .recipe_catalog import find_recipe
-from .recipe_files import merge_layers, read_recipe_file
-from .recipe_keys import suggestion
-from .recipe_values import (
+from ..errors import UsageError
+from .catalog import find_recipe
+from .files import merge_layers, read_recipe_file
+from .keys import suggestion
+from .values import (
     NULL_MEANS,
     NULL_WORDS,
     accepted_types,
@@ -314,7 +314,7 @@ def _options(words: list[str], kinds: Sequence[type], command: str) -> dict[str,
 def _kinds() -> tuple[type, ...]:
     from trl import ModelConfig
 
-    from .gd2po_config import GD2POConfig
+    from ..gd2po_config import GD2POConfig
 
     return RecipeArguments, GD2POConfig, ModelConfig
 
@@ -360,7 +360,7 @@ def print_options(kinds: Sequence[type] | None = None, command: str = "gd2po tra
 
 
 def _method_preset(method: Any) -> dict[str, Any]:
-    from .gd2po_config import METHODS
+    from ..gd2po_config import METHODS
 
     if not isinstance(method, str) or method not in METHODS:
         raise UsageError(f"`method` is {method!r}; it must be one of {', '.join(METHODS)}.")

@@ -7,7 +7,7 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from .errors import UsageError
+from ..errors import UsageError
 
 
 # Types as a user of YAML calls them.

@@ -3,10 +3,10 @@
 import difflib
 from pathlib import Path
 
-from .errors import UsageError
+from ..errors import UsageError
 
 
-PACKAGE = Path(__file__).resolve().parent
+PACKAGE = Path(__file__).resolve().parents[1]
 # In the wheel the recipes lie inside the package, in a clone beside it.
 FOLDER = PACKAGE / "_recipes" if (PACKAGE / "_recipes").is_dir() else PACKAGE.parent / "recipes"
 

@@ -5,8 +5,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import UsageError
-from .recipe import Recipe
+from ..errors import UsageError
+from ..recipe import Recipe
 
 
 if TYPE_CHECKING:

@@ -8,22 +8,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checkpoints import checkpoint_to_resume
-from .datasets import load_dataset_by_name
-from .errors import UsageError
-from .packages import check_packages
+from ..checkpoints import checkpoint_to_resume
+from ..datasets import load_dataset_by_name
+from ..errors import UsageError
+from ..packages import check_packages
+from ..recipe import Recipe
+from ..rewards import load_reward, resolve_reward
+from ..rewards.guard import RewardError
 from .policy import check_model, load_tokenizer, policy_arguments
-from .recipe import Recipe
 from .resuming import RESOLVED_RECIPE, RunRecord, only_run_in
-from .rewards import load_reward, resolve_reward
-from .rewards.guard import RewardError
 
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import Trainer, TrainerCallback
 
-    from .gd2po_trainer import GD2POTrainer
+    from ..gd2po_trainer import GD2POTrainer
 
 
 logger = logging.getLogger(__name__)
@@ -70,8 +70,8 @@ def _train(
     training = recipe.training
     train_dataset, eval_dataset = load_datasets(recipe)
 
-    from .gd2po_trainer import GD2POTrainer
-    from .progress import RewardProgress
+    from ..gd2po_trainer import GD2POTrainer
+    from ..progress import RewardProgress
 
     with one_clear_error():
         trainer = GD2POTrainer(
@@ -86,7 +86,7 @@ def _train(
             # Dead weights, an unreachable server or an inverted direction show before the first generation.
             load_reward(reward_func)
     if recipe.arguments.verdict_steps is not None:
-        from .analysis import VerdictCallback
+        from ..analysis import VerdictCallback
 
         trainer.add_callback(VerdictCallback(trainer, every=recipe.arguments.verdict_steps))
     for callback in callbacks:
@@ -148,7 +148,7 @@ def train_and_save(trainer: "Trainer", record: RunRecord, command: str) -> None:
     """
     from transformers import TrainerCallback
 
-    from .preflight import check_progress
+    from ..preflight import check_progress
 
     class Recorder(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
@@ -265,7 +265,7 @@ def load_datasets(recipe: Recipe) -> tuple["Dataset", "Dataset | dict[str, Datas
 
 
 def _limit_prompts(dataset: "Dataset", recipe: Recipe) -> "Dataset":
-    from .datasets import drop_long_prompts, truncate_prompts_left
+    from ..datasets import drop_long_prompts, truncate_prompts_left
 
     limit = recipe.arguments.max_prompt_tokens
     tokenizer = load_tokenizer(recipe, dataset)
@@ -278,7 +278,7 @@ def _limit_prompts(dataset: "Dataset", recipe: Recipe) -> "Dataset":
 
 
 def _check_reward_kwargs(arguments: Any) -> None:
-    from .rewards import BUILT_IN
+    from ..rewards import BUILT_IN
 
     for label, kwargs in arguments.reward_kwargs.items():
         # A recipe may define more rewards than a run uses; a label that defines nothing is a slip.

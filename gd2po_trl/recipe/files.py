@@ -6,8 +6,8 @@ from typing import Any
 
 import yaml
 
-from .errors import UsageError
-from .recipe_values import as_mapping
+from ..errors import UsageError
+from .values import as_mapping
 
 
 # Numbers of YAML 1.2 that YAML 1.1, and so PyYAML, reads as text: 1e-7, 2E3, 1.5e3.

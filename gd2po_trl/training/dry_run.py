@@ -13,14 +13,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .checkpoints import checkpoint_to_resume
-from .errors import UsageError
+from ..checkpoints import checkpoint_to_resume
+from ..errors import UsageError
+from ..packages import check_packages
+from ..preflight import check_before_loading
+from ..recipe import Recipe
+from . import _check_reward_kwargs, load_datasets, one_clear_error, resolve_rewards
 from .memory import Peak, PolicySize, activations_gb, meta_model, peak, policy_size, weight_bytes
-from .packages import check_packages
 from .policy import check_model, load_tokenizer, model_init_kwargs, whole_model
-from .preflight import check_before_loading
-from .recipe import Recipe
-from .training import _check_reward_kwargs, load_datasets, one_clear_error, resolve_rewards
 
 
 if TYPE_CHECKING:
@@ -186,7 +186,7 @@ def _score(
 
 
 def _given_rows(path: str, dataset: "Dataset") -> tuple[list[dict[str, Any]], str]:
-    from .datasets._sources import Source, load_rows, require_columns
+    from ..datasets._sources import Source, load_rows, require_columns
 
     given, origin = load_rows(Source("completions", remedy="give a file"), path, None)
     require_columns(given, ["completion"], "completions", origin, "rename the column that holds the completions")
@@ -245,7 +245,7 @@ def _measured(dataset: "Dataset", column: str) -> list[Any]:
 
 
 def _prompt_lengths(dataset: "Dataset", tokenizer: Any, chat_template_kwargs: dict[str, Any] | None) -> list[int]:
-    from .datasets.prompts import count_prompt_tokens
+    from ..datasets.prompts import count_prompt_tokens
 
     return count_prompt_tokens(_measured(dataset, "prompt"), tokenizer, chat_template_kwargs)
 
