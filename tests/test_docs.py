@@ -318,6 +318,25 @@ def test_internal_links_resolve(page):
     assert broken == []
 
 
+# Pictures
+
+
+def test_pictures_have_a_text_and_are_small():
+    for page in PAGES:
+        for text, name in re.findall(r"!\[([^\]]*)\]\(([^)\s]+)\)", prose_of(page)):
+            assert text.strip(), f"{page.name}: {name} has no text"
+            assert (page.parent / name).stat().st_size < 100_000, name
+
+
+def test_pictures_are_drawn_from_committed_figures(tmp_path):
+    build_figures = load_script("build_figures")
+    build_figures.draw_all(tmp_path)
+    drawn = {path.name for path in tmp_path.iterdir()}
+    shown = re.findall(r"\(docs/images/([\w.]+)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert len(shown) == 3 and set(shown) <= drawn
+    assert drawn <= {path.name for path in build_figures.IMAGES.iterdir()}
+
+
 # Glossary and reference
 
 
@@ -374,9 +393,15 @@ def test_glossary_covers_the_completions_table(run):
     assert set(table.columns) - {"low_bytes", "spread_bytes"} <= glossary()
 
 
+def load_script(name: str):
+    """A script under docs/, as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"docs/{name}.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
+
+
 def test_api_reference_is_up_to_date():
-    spec = importlib.util.spec_from_file_location("build_api", ROOT / "docs/build_api.py")
-    build_api = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(build_api)
+    build_api = load_script("build_api")
     is_current = build_api.OUTPUT.read_text(encoding="utf-8") == build_api.render()
     assert is_current, "run `python docs/build_api.py`"
