@@ -20,7 +20,7 @@ import traceback
 from collections import Counter
 from pathlib import Path
 
-from gd2po_trl.rewards.tool_calling import MATCHES, Correctness, Format, Length
+from gd2po_trl.tasks.tool_calling.rewards import MATCHES, Correctness, Format, Length
 
 
 TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<response>", "</response>")

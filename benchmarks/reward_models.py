@@ -21,8 +21,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from gd2po_trl.datasets import load_dataset_by_name
-from gd2po_trl.rewards.preference import RewardModel
-from gd2po_trl.rewards.score_model import ScoreModel
+from gd2po_trl.reward_models.in_process import RewardModel
+from gd2po_trl.reward_models.loading import ScoreModel
 
 
 CHAT_TEMPLATE = (

@@ -36,7 +36,12 @@ __all__ = [
 
 # Modules that 0.2 moved, by their names in 0.1, which recipes and scripts may still use.
 _MOVED = {
+    "datasets.safe_alignment": "tasks.safe_alignment.data",
+    "datasets.tool_calling": "tasks.tool_calling.data",
     "dry_run": "training.dry_run",
+    "evaluation.api_bank": "tasks.tool_calling.api_bank",
+    "evaluation.engine": "evaluation.running",
+    "evaluation.safe_alignment": "tasks.safe_alignment.evaluation",
     "memory": "training.memory",
     "policy": "training.policy",
     "recipe_catalog": "recipe.catalog",
@@ -44,7 +49,15 @@ _MOVED = {
     "recipe_keys": "recipe.keys",
     "recipe_values": "recipe.values",
     "resuming": "training.resuming",
+    "rewards.conversation": "reward_models.conversation",
+    "rewards.direction": "reward_models.direction",
+    "rewards.guard": "reward_guard",
+    "rewards.preference": "reward_models.in_process",
+    "rewards.remote": "reward_models.served",
+    "rewards.text_scorers": "reward_models.text_scorer",
+    "rewards.tool_calling": "tasks.tool_calling.rewards",
     "sft": "training.sft",
+    "tool_calls": "tasks.tool_calling.text_format",
 }
 
 

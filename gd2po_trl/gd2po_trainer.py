@@ -18,7 +18,7 @@ from .datasets.prompts import opened_thoughts
 from .diagnostics import conflict_metrics, nothing_learned
 from .gd2po_config import METHODS, GD2POConfig
 from .preflight import check_before_loading, check_reward_names, check_trainable
-from .rewards.guard import RewardError, RewardGuard, SilentRewards
+from .reward_guard import RewardError, RewardGuard, SilentRewards
 from .trl_workarounds import PatchedGRPOTrainer
 from .update.budget import UpdateBudget, budget_metrics, refuse_update_share, trainable_advantages
 from .update.rows import loss_mask

@@ -9,7 +9,7 @@ from torch import nn
 from .completions_table import is_table_column
 from .datasets.prompts import check_prompts_render
 from .errors import UsageError
-from .rewards.guard import name_of, refused_arguments, required_arguments, takes_no_kwargs
+from .reward_guard import name_of, refused_arguments, required_arguments, takes_no_kwargs
 
 
 # What TRL passes to every reward function; anything else that a function asks for is a dataset column.

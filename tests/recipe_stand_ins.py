@@ -9,7 +9,7 @@ from score_heads import letter_tokenizer, save_llama_score_head, save_qwen2_scor
 from tiny import byte_tokenizer, tiny_config
 from transformers import LlamaForCausalLM
 
-from gd2po_trl.rewards.text_scorers import fit_text_scorer
+from gd2po_trl.reward_models.text_scorer import fit_text_scorer
 
 
 CALL = '{"name": "f", "parameters": {"a": 1}}'

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from trl import is_conversational
 
 from gd2po_trl.datasets import DATASETS, check_dataset, load_dataset_by_name
-from gd2po_trl.datasets._sources import Source, find_local_files, is_hub_id
+from gd2po_trl.datasets.sources import Source, find_local_files, is_hub_id
 from gd2po_trl.errors import UsageError
 
 

@@ -26,8 +26,8 @@ from gd2po_trl.diagnostics import conflict_metrics
 from gd2po_trl.gd2po_config import GD2PO_FIELDS
 from gd2po_trl.recipe import RecipeArguments, load_recipe
 from gd2po_trl.recipe.catalog import recipe_path
+from gd2po_trl.reward_models.direction import published_direction, resolve_direction
 from gd2po_trl.rewards import BUILT_IN, resolve_reward
-from gd2po_trl.rewards.direction import published_direction, resolve_direction
 from gd2po_trl.training.sft import load_sft_recipe
 
 
@@ -265,7 +265,7 @@ def test_recipe_blocks_are_recipes(block, tmp_path):
         if kwargs.get("type") in ("reward_model", "remote_scorer", "text_scorer"):
             # Building one reads files or the Hub; its options are checked by name.
             module, name = BUILT_IN[kwargs.pop("type")]
-            builder = getattr(importlib.import_module(f"gd2po_trl.rewards.{module}"), name)
+            builder = getattr(importlib.import_module(module), name)
             inspect.signature(builder).bind(**kwargs)
             if name == "RewardModel":
                 published = published_direction(kwargs["model"])

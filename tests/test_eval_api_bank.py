@@ -10,7 +10,7 @@ from tiny import save_tiny_policy
 
 from gd2po_trl.cli import main
 from gd2po_trl.errors import UsageError
-from gd2po_trl.evaluation.api_bank import (
+from gd2po_trl.tasks.tool_calling.api_bank import (
     ApiBankRow,
     load_rows,
     score_completion,

@@ -18,18 +18,11 @@ from tiny import byte_tokenizer, save_tiny_policy
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from gd2po_trl.errors import UsageError
-from gd2po_trl.evaluation.engine import (
-    EvalRow,
-    GenerationSettings,
-    PredictionLog,
-    batches_by_length,
-    fingerprint_model,
-    generate_predictions,
-    parse_predictions,
-    read_predictions,
-    wilson_interval,
-    write_results,
-)
+from gd2po_trl.evaluation.decoding import batches_by_length
+from gd2po_trl.evaluation.intervals import wilson_interval
+from gd2po_trl.evaluation.predictions import EvalRow, PredictionLog, parse_predictions, read_predictions
+from gd2po_trl.evaluation.running import generate_predictions, write_results
+from gd2po_trl.evaluation.settings import GenerationSettings, fingerprint_model
 
 
 def make_rows(count: int) -> list[EvalRow]:

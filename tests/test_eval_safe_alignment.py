@@ -8,13 +8,8 @@ from tiny import save_tiny_policy
 
 from gd2po_trl.cli import main
 from gd2po_trl.errors import UsageError
-from gd2po_trl.evaluation.safe_alignment import (
-    SafeAlignmentRow,
-    compute_scores,
-    load_rows,
-    resolve_rewards,
-    summarize,
-)
+from gd2po_trl.evaluation.scoring import compute_scores, resolve_rewards
+from gd2po_trl.tasks.safe_alignment.evaluation import SafeAlignmentRow, load_rows, summarize
 
 
 def length_of(prompts, completions, **kwargs):

@@ -18,8 +18,8 @@ from gd2po_trl.cli import eval as eval_command
 from gd2po_trl.datasets import DATASETS
 from gd2po_trl.recipe import RecipeArguments, load_recipe
 from gd2po_trl.recipe.catalog import recipe_path
+from gd2po_trl.reward_models.in_process import RewardModel
 from gd2po_trl.rewards import resolve_reward
-from gd2po_trl.rewards.preference import RewardModel
 
 
 ROOT = Path(__file__).resolve().parents[1]

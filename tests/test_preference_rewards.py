@@ -22,10 +22,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Llam
 
 from gd2po_trl import GD2POTrainer
 from gd2po_trl.errors import UsageError
+from gd2po_trl.reward_guard import RewardError
+from gd2po_trl.reward_models.in_process import RewardModel
+from gd2po_trl.reward_models.loading import on_device
 from gd2po_trl.rewards import resolve_reward
-from gd2po_trl.rewards.guard import RewardError
-from gd2po_trl.rewards.preference import RewardModel
-from gd2po_trl.rewards.score_model import on_device
 
 
 USER = [{"role": "user", "content": "How are you?"}]

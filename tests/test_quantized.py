@@ -8,7 +8,7 @@ import yaml
 from tiny import save_tiny_policy, save_tiny_reward_model, tiny_settings
 
 from gd2po_trl.recipe import load_recipe
-from gd2po_trl.rewards.preference import RewardModel
+from gd2po_trl.reward_models.in_process import RewardModel
 from gd2po_trl.training import run_recipe
 
 

@@ -16,11 +16,13 @@ from gd2po_trl import GD2POTrainer
 from gd2po_trl.cli import main
 from gd2po_trl.datasets.prompts import opened_thoughts
 from gd2po_trl.errors import UsageError
-from gd2po_trl.evaluation.api_bank import ApiBankRow, score_predictions
-from gd2po_trl.evaluation.engine import GenerationSettings, generate_predictions
-from gd2po_trl.evaluation.safe_alignment import SafeAlignmentRow, compute_scores, resolve_rewards
+from gd2po_trl.evaluation.running import generate_predictions
+from gd2po_trl.evaluation.scoring import compute_scores, resolve_rewards
+from gd2po_trl.evaluation.settings import GenerationSettings
 from gd2po_trl.rewards import load_reward, resolve_reward
-from gd2po_trl.rewards.tool_calling import Correctness, correctness, format, length
+from gd2po_trl.tasks.safe_alignment.evaluation import SafeAlignmentRow
+from gd2po_trl.tasks.tool_calling.api_bank import ApiBankRow, score_predictions
+from gd2po_trl.tasks.tool_calling.rewards import Correctness, correctness, format, length
 
 
 def save_policy(folder, change_template):

@@ -21,7 +21,7 @@ from gd2po_trl.cli import main
 from gd2po_trl.errors import UsageError
 from gd2po_trl.recipe import Recipe, RecipeArguments, load_recipe, read_recipe_file
 from gd2po_trl.recipe.catalog import files_of, recipe_names, recipe_path, summary
-from gd2po_trl.rewards.direction import published_direction, resolve_direction
+from gd2po_trl.reward_models.direction import published_direction, resolve_direction
 from gd2po_trl.training import run_recipe
 from gd2po_trl.training.resuming import write_resolved_recipe
 from gd2po_trl.training.sft import KINDS as SFT_KINDS

@@ -14,10 +14,10 @@ from tiny import byte_tokenizer, tiny_config
 from transformers import LlamaForSequenceClassification
 
 from gd2po_trl.errors import UsageError
+from gd2po_trl.reward_guard import RewardError
+from gd2po_trl.reward_models.in_process import RewardModel
+from gd2po_trl.reward_models.served import RemoteScorer
 from gd2po_trl.rewards import resolve_reward
-from gd2po_trl.rewards.guard import RewardError
-from gd2po_trl.rewards.preference import RewardModel
-from gd2po_trl.rewards.remote import RemoteScorer
 
 
 class Server:

@@ -16,7 +16,7 @@ from tiny import letters_dataset, low_bytes
 from gd2po_trl.cli import main
 from gd2po_trl.errors import UsageError
 from gd2po_trl.recipe import load_recipe
-from gd2po_trl.rewards.guard import RewardError
+from gd2po_trl.reward_guard import RewardError
 from gd2po_trl.training import run_recipe
 from gd2po_trl.training.resuming import HISTORY, LOCK, RunRecord, only_run_in
 

@@ -16,8 +16,8 @@ from transformers import (
 )
 
 from gd2po_trl.errors import UsageError
+from gd2po_trl.reward_models.in_process import RewardModel
 from gd2po_trl.rewards import resolve_reward
-from gd2po_trl.rewards.preference import RewardModel
 
 
 def save_classifier(folder, end: str = "<|end|>", **config):

@@ -7,8 +7,8 @@ from score_heads import save_cost_model, save_qwen2_score_head
 from tiny import byte_tokenizer
 
 from gd2po_trl.errors import UsageError
-from gd2po_trl.rewards.direction import HARMLESS_PAIRS, HELPFUL_PAIRS, published_direction
-from gd2po_trl.rewards.preference import RewardModel
+from gd2po_trl.reward_models.direction import HARMLESS_PAIRS, HELPFUL_PAIRS, published_direction
+from gd2po_trl.reward_models.in_process import RewardModel
 
 
 def load(folder, **options):

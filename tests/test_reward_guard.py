@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from gd2po_trl import GD2POTrainer
 from gd2po_trl.cli import main
 from gd2po_trl.completions_table import fill_missing_columns, make_writable
-from gd2po_trl.rewards.guard import RewardError, RewardGuard, SilentRewards
+from gd2po_trl.reward_guard import RewardError, RewardGuard, SilentRewards
 
 
 PROMPTS = ["p"] * 3

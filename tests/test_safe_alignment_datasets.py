@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trl import is_conversational
 
-from gd2po_trl.datasets import load_dataset_by_name, safe_alignment
-from gd2po_trl.datasets.safe_alignment import HARM_CATEGORIES, as_messages, shared_prompt
+from gd2po_trl.datasets import load_dataset_by_name
 from gd2po_trl.errors import UsageError
+from gd2po_trl.tasks.safe_alignment import data as safe_alignment
+from gd2po_trl.tasks.safe_alignment.data import HARM_CATEGORIES, as_messages, shared_prompt
 
 
 @pytest.fixture(autouse=True)

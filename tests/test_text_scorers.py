@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from gd2po_trl.cli import main
 from gd2po_trl.datasets import load_dataset_by_name
 from gd2po_trl.errors import UsageError
+from gd2po_trl.reward_models.text_scorer import TextScorer, fit_text_scorer
 from gd2po_trl.rewards import resolve_reward
-from gd2po_trl.rewards.text_scorers import TextScorer, fit_text_scorer
 
 
 KIND = ("please", "sorry", "thank you", "glad to help", "of course")
@@ -170,7 +170,7 @@ def test_command_names_a_missing_file_and_wrong_folds(tmp_path, capsys):
 
 def test_scikit_learn_is_not_imported_before_it_is_needed():
     code = (
-        "import sys, gd2po_trl.rewards.text_scorers as t; sys.exit('sklearn' in sys.modules or 'torch' in sys.modules)"
+        "import sys, gd2po_trl.reward_models.text_scorer; sys.exit('sklearn' in sys.modules or 'torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

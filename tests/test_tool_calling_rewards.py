@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gd2po_trl.rewards import resolve_reward
-from gd2po_trl.rewards.tool_calling import (
+from gd2po_trl.tasks.tool_calling.rewards import (
     MATCHES,
     MAX_CANDIDATES,
     Correctness,

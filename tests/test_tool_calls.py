@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gd2po_trl.tool_calls import (
+from gd2po_trl.messages import completion_text
+from gd2po_trl.tasks.tool_calling.text_format import (
     MAX_DIGITS,
     MAX_NESTING,
     answer_text,
-    completion_text,
     parse_calls,
     parse_gold,
     parse_json,

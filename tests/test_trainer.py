@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
 from gd2po_trl import GD2POConfig, GD2POTrainer, compute_advantages
-from gd2po_trl.rewards.guard import RewardError
+from gd2po_trl.reward_guard import RewardError
 
 
 REWARDS = [low_bytes, spread_bytes]

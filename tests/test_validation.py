@@ -11,7 +11,7 @@ from tiny import conversational_dataset, letters_dataset, low_bytes, spread_byte
 from gd2po_trl import GD2POConfig, GD2POTrainer
 from gd2po_trl.errors import UsageError
 from gd2po_trl.evaluation.decoding import load_decoder
-from gd2po_trl.evaluation.engine import GenerationSettings
+from gd2po_trl.evaluation.settings import GenerationSettings
 from gd2po_trl.recipe import load_recipe
 from gd2po_trl.training import load_datasets, run_recipe
 from gd2po_trl.validation import _sampling_changes

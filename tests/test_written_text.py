@@ -5,9 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import byte_tokenizer
 
-from gd2po_trl.rewards.conversation import ConversationEncoder, render, text_of, written_text, written_texts
-from gd2po_trl.rewards.text_scorers import fit_text_scorer
-from gd2po_trl.tool_calls import completion_text
+from gd2po_trl.messages import completion_text, text_of, written_text, written_texts
+from gd2po_trl.reward_models.conversation import ConversationEncoder, render
+from gd2po_trl.reward_models.text_scorer import fit_text_scorer
 
 
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"q": "thanks"}}}

@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"gd2po {command}: {str(error) or 'interrupted.'}", file=sys.stderr)
         return 130
     except RuntimeError as error:
-        guard = sys.modules.get("gd2po_trl.rewards.guard")
+        guard = sys.modules.get("gd2po_trl.reward_guard")
         if guard is None or not isinstance(error, guard.RewardError):
             raise
         report = [f"gd2po {command}: {error}", guard.own_frames(error), *getattr(error, "__notes__", ())]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from ..evaluation.engine import check_model_exists
+from ..evaluation.settings import check_model_exists
 from ..terminal import set_up_logging
 
 
@@ -87,7 +87,7 @@ def _run_each(arguments: argparse.Namespace, models: list[str]) -> int:
         print(f"{run.model}:")
         run.run(run)
     if arguments.task == "api-bank":
-        from ..evaluation.leaderboard import LEADERBOARD_FILE, find_runs, write_and_print
+        from ..tasks.tool_calling.leaderboard import LEADERBOARD_FILE, find_runs, write_and_print
 
         write_and_print(find_runs([root]), root / LEADERBOARD_FILE)
     return 0
@@ -106,7 +106,7 @@ def _names_of(models: list[str]) -> list[str]:
 
 
 def _leaderboard(arguments: argparse.Namespace) -> int:
-    from ..evaluation.leaderboard import find_runs, write_and_print
+    from ..tasks.tool_calling.leaderboard import find_runs, write_and_print
 
     write_and_print(find_runs(arguments.folders), arguments.output)
     return 0
@@ -283,7 +283,7 @@ def _output(arguments: argparse.Namespace) -> Path | None:
 
 
 def _settings(arguments: argparse.Namespace, **changes: Any) -> Any:
-    from ..evaluation.engine import GenerationSettings
+    from ..evaluation.settings import GenerationSettings
 
     names = [field.name for field in fields(GenerationSettings)]
     return GenerationSettings(**{**{name: getattr(arguments, name) for name in names}, **changes})
@@ -291,7 +291,8 @@ def _settings(arguments: argparse.Namespace, **changes: Any) -> Any:
 
 def _predict(arguments: argparse.Namespace, rows: list) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     """Completions by row id, and what the results say about where they come from."""
-    from ..evaluation.engine import generate_predictions, read_predictions
+    from ..evaluation.predictions import read_predictions
+    from ..evaluation.running import generate_predictions
 
     if arguments.predictions is not None:
         predictions = read_predictions(arguments.predictions, rows)
@@ -304,7 +305,7 @@ def _predict(arguments: argparse.Namespace, rows: list) -> tuple[dict[str, dict[
 
 
 def _report(arguments: argparse.Namespace, task: Any, results: dict[str, Any], scores: list[dict[str, Any]]) -> None:
-    from ..evaluation.engine import write_results
+    from ..evaluation.running import write_results
 
     # Written first: a terminal or a pipe may be gone by now.
     path = None if (folder := _output(arguments)) is None else write_results(folder, results, scores)
@@ -314,7 +315,7 @@ def _report(arguments: argparse.Namespace, task: Any, results: dict[str, Any], s
 
 
 def _api_bank(arguments: argparse.Namespace) -> int:
-    from ..evaluation import api_bank
+    from ..tasks.tool_calling import api_bank
 
     try:
         levels = sorted({int(level) for level in arguments.levels.split(",")})
@@ -328,15 +329,16 @@ def _api_bank(arguments: argparse.Namespace) -> int:
 
 
 def _safe_alignment(arguments: argparse.Namespace) -> int:
-    from ..evaluation import safe_alignment
-    from ..evaluation.engine import generate_predictions, read_predictions
+    from ..evaluation.predictions import is_predictions, read_predictions
+    from ..evaluation.running import generate_predictions
     from ..recipe.values import without_secrets
+    from ..tasks.safe_alignment import evaluation as safe_alignment
 
     rewards = safe_alignment.resolve_rewards(reward_options := _reward_options(arguments.reward))
     rows = safe_alignment.load_rows(_data_options(arguments.data), arguments.limit)
     output = _output(arguments)
     baseline, baseline_settings = None, None
-    if arguments.baseline is not None and not safe_alignment.is_predictions(arguments.baseline):
+    if arguments.baseline is not None and not is_predictions(arguments.baseline):
         if output is None:
             raise UsageError("a baseline model needs --output, where its completions go.")
         baseline_settings = _settings(arguments, model=arguments.baseline, adapter=None)
@@ -361,7 +363,7 @@ def _safe_alignment(arguments: argparse.Namespace) -> int:
 
 def _rewards(arguments: argparse.Namespace) -> int:
     from ..evaluation import rewards as task
-    from ..evaluation.safe_alignment import compute_scores, resolve_rewards
+    from ..evaluation.scoring import compute_scores, resolve_rewards
     from ..recipe import without_secrets
 
     recipe = _recipe_of(arguments)
@@ -377,7 +379,7 @@ def _rewards(arguments: argparse.Namespace) -> int:
 
     predictions, source = _predict(arguments, rows)
     if settings is not None:
-        from ..evaluation.engine import generate_predictions
+        from ..evaluation.running import generate_predictions
 
         baseline = generate_predictions(rows, settings, _output(arguments) / "baseline", description="Before")
     sets = {"model": predictions} if baseline is None else {"model": predictions, "baseline": baseline}
@@ -442,8 +444,7 @@ def _data_of(arguments: argparse.Namespace, recipe: dict[str, Any]) -> dict[str,
 
 def _baseline_of(arguments: argparse.Namespace, recipe: dict[str, Any], rows: list) -> tuple[dict | None, Any]:
     """Completions of the model before the training, or the settings that make them; neither for no comparison."""
-    from ..evaluation.engine import read_predictions
-    from ..evaluation.safe_alignment import is_predictions
+    from ..evaluation.predictions import is_predictions, read_predictions
 
     what = arguments.baseline
     if what is None and arguments.model is not None:
@@ -467,7 +468,7 @@ def _baseline_of(arguments: argparse.Namespace, recipe: dict[str, Any], rows: li
 
 
 def _data_options(words: list[str]) -> dict[str, dict[str, Any]]:
-    from ..datasets._sources import data_suffix
+    from ..datasets.sources import data_suffix
 
     options: dict[str, dict[str, Any]] = {}
     for word in words:

@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
         raise UsageError(f"--folds must be at least 2, got {arguments.folds}.")
 
     from ..datasets import load_dataset_by_name
-    from ..rewards.text_scorers import fit_text_scorer
+    from ..reward_models.text_scorer import fit_text_scorer
 
     output = Path(arguments.output)
     scorers, pairs = {}, {}

@@ -10,12 +10,12 @@ import difflib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
-from . import safe_alignment, tool_calling
-from .prompts import drop_long_prompts, load_prompts, truncate_prompts_left
+from .prompts import drop_long_prompts, truncate_prompts_left
 
 
 if TYPE_CHECKING:
@@ -28,18 +28,27 @@ class DatasetLoader:
     An entry of the registry.
 
     Args:
-        load (`Callable`): `load(path, split, **kwargs)`, the loader.
+        module (`str`): Module of the loader, imported at its first use: a task knows this package, not the reverse.
+        name (`str`): Name of the loader there, a function `load(path, split, **kwargs)`.
         description (`str`): One line that says what it is.
         columns (`tuple[str, ...]`): The columns a row certainly has; others of the source are kept beside them.
-        default_path (`str`, *optional*): Hub id that is read when no path is given.
-        default_split (`str`, *optional*, defaults to `"train"`): Split that is read when none is given.
+        source (`str`, *optional*): Name of the [`~sources.Source`] there with a Hub id, read when no path is given.
     """
 
-    load: Callable[..., "Dataset"]
+    module: str
+    name: str
     description: str
     columns: tuple[str, ...]
-    default_path: str | None = None
-    default_split: str = "train"
+    source: str | None = None
+
+    @property
+    def load(self) -> Callable[..., "Dataset"]:
+        return getattr(import_module(self.module), self.name)
+
+    @property
+    def default_path(self) -> str | None:
+        """Hub id that is read when no path is given."""
+        return getattr(import_module(self.module), self.source).default_path if self.source else None
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -47,73 +56,61 @@ class DatasetLoader:
         return tuple(name for name in inspect.signature(self.load).parameters if name not in ("path", "split"))
 
 
-def _entry(load: Callable[..., "Dataset"], source: Any, description: str, *columns: str) -> DatasetLoader:
-    return DatasetLoader(load, description, columns, source.default_path, source.default_split)
-
+_TOOL_CALLING, _SAFE_ALIGNMENT = "gd2po_trl.tasks.tool_calling.data", "gd2po_trl.tasks.safe_alignment.data"
+_PAIR = ("prompt", "chosen", "rejected", "chosen_side")
 
 DATASETS: dict[str, DatasetLoader] = {
-    "prompts": DatasetLoader(load_prompts, "any file with a `prompt` column, plain or conversational", ("prompt",)),
-    "rlla_4k": _entry(
-        tool_calling.load_rlla,
-        tool_calling.RLLA,
-        "ToolRL's tool-calling prompts with gold answers",
-        "prompt",
-        "answer",
+    "prompts": DatasetLoader(
+        "gd2po_trl.datasets.prompts",
+        "load_prompts",
+        "any file with a `prompt` column, plain or conversational",
+        ("prompt",),
     ),
-    "rlla_sft": _entry(
-        tool_calling.load_rlla_sft,
-        tool_calling.RLLA_SFT,
+    "rlla_4k": DatasetLoader(
+        _TOOL_CALLING, "load_rlla", "ToolRL's tool-calling prompts with gold answers", ("prompt", "answer"), "RLLA"
+    ),
+    "rlla_sft": DatasetLoader(
+        _TOOL_CALLING,
+        "load_rlla_sft",
         "ToolRL's supervised examples with reasoning, for a warm-up",
-        "prompt",
-        "completion",
+        ("prompt", "completion"),
     ),
     "api_bank": DatasetLoader(
-        tool_calling.load_api_bank,
+        _TOOL_CALLING,
+        "load_api_bank",
         "API-Bank levels 1 to 3, one gold call per row, for evaluation",
         ("prompt", "answer", "level", "index", "other"),
-        default_split="test",
     ),
-    "alpaca": _entry(safe_alignment.load_alpaca, safe_alignment.ALPACA, "Alpaca's instructions", "prompt"),
-    "beavertails": _entry(
-        safe_alignment.load_beavertails,
-        safe_alignment.BEAVERTAILS,
+    "alpaca": DatasetLoader(_SAFE_ALIGNMENT, "load_alpaca", "Alpaca's instructions", ("prompt",), "ALPACA"),
+    "beavertails": DatasetLoader(
+        _SAFE_ALIGNMENT,
+        "load_beavertails",
         "BeaverTails' prompts, with filters by safety label and harm category",
-        "prompt",
+        ("prompt",),
+        "BEAVERTAILS",
     ),
-    "beavertails_evaluation": _entry(
-        safe_alignment.load_beavertails_evaluation,
-        safe_alignment.BEAVERTAILS_EVALUATION,
+    "beavertails_evaluation": DatasetLoader(
+        _SAFE_ALIGNMENT,
+        "load_beavertails_evaluation",
         "700 harmful prompts in 14 categories, for evaluation",
-        "prompt",
-        "category",
-        "category_id",
+        ("prompt", "category", "category_id"),
+        "BEAVERTAILS_EVALUATION",
     ),
-    "pku_saferlhf": _entry(
-        safe_alignment.load_pku_saferlhf, safe_alignment.PKU_SAFERLHF, "PKU-SafeRLHF's prompts", "prompt"
+    "pku_saferlhf": DatasetLoader(
+        _SAFE_ALIGNMENT, "load_pku_saferlhf", "PKU-SafeRLHF's prompts", ("prompt",), "PKU_SAFERLHF"
     ),
-    "hh_rlhf": _entry(
-        safe_alignment.load_hh_rlhf,
-        safe_alignment.HH_RLHF,
-        "HH-RLHF's conversations up to the last user turn",
-        "prompt",
+    "hh_rlhf": DatasetLoader(
+        _SAFE_ALIGNMENT, "load_hh_rlhf", "HH-RLHF's conversations up to the last user turn", ("prompt",), "HH_RLHF"
     ),
-    "hh_rlhf_pairs": _entry(
-        safe_alignment.load_hh_rlhf_pairs,
-        safe_alignment.HH_RLHF,
-        "HH-RLHF's preference pairs, for fitting scorers",
-        "prompt",
-        "chosen",
-        "rejected",
-        "chosen_side",
+    "hh_rlhf_pairs": DatasetLoader(
+        _SAFE_ALIGNMENT, "load_hh_rlhf_pairs", "HH-RLHF's preference pairs, for fitting scorers", _PAIR, "HH_RLHF"
     ),
-    "pku_saferlhf_pairs": _entry(
-        safe_alignment.load_pku_saferlhf_pairs,
-        safe_alignment.PKU_SAFERLHF,
+    "pku_saferlhf_pairs": DatasetLoader(
+        _SAFE_ALIGNMENT,
+        "load_pku_saferlhf_pairs",
         "PKU-SafeRLHF's preference pairs, by helpfulness or safety, for fitting scorers",
-        "prompt",
-        "chosen",
-        "rejected",
-        "chosen_side",
+        _PAIR,
+        "PKU_SAFERLHF",
     ),
 }
 ALIASES = {"rlla": "rlla_4k"}

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
-from ..rewards.conversation import text_of
-from ._sources import DatasetReport, Source, checked_prompt, drop_rows, iterate_rows, load_rows, require_columns
+from ..messages import text_of
+from .sources import DatasetReport, Source, checked_prompt, drop_rows, iterate_rows, load_rows, require_columns
 
 
 if TYPE_CHECKING:

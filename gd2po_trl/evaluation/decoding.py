@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from .engine import GenerationSettings
+from .settings import GenerationSettings
 
 
 logger = logging.getLogger(__name__)
@@ -23,6 +23,17 @@ def load_decoder(settings: GenerationSettings) -> "Decoder":
         [`UsageError`]: if vLLM is asked for and absent, or the tokenizer or config cannot be loaded.
     """
     return (VLLMDecoder if settings.backend == "vllm" else TransformersDecoder)(settings)
+
+
+def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """
+    Indices in batches of similar length, the longest first, so that memory runs out at the start or never.
+
+    The cut depends on `lengths` and `batch_size` alone: a resumed run forms the same batches as an uninterrupted one,
+    and with them bit for bit the same completions.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 class Decoder:

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
 from ..preflight import UNPASSED_COLUMNS, check_data
-from .engine import EvalRow
-from .safe_alignment import SUM, win_rate
+from .intervals import mean_and_interval, win_rate
+from .predictions import EvalRow
+from .scoring import SUM
 
 
 if TYPE_CHECKING:
@@ -176,21 +177,6 @@ def _score(score: dict[str, float | None], label: str, weights: dict[str, float]
     values = [(weight, score[name]) for name, weight in weights.items() if weight]
     scored = [weight * value for weight, value in values if value is not None]
     return math.fsum(scored) if len(scored) == len(values) else None
-
-
-def mean_and_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float | None, list[float] | None]:
-    """Mean of `values` and its Student-t interval; `None` where there are too few of them."""
-    from scipy import stats
-
-    if not values:
-        return None, None
-    mean = math.fsum(values) / len(values)
-    if len(values) < 2:
-        return mean, None
-    if max(values) == min(values):  # scipy would divide 0 by 0
-        return mean, [mean, mean]
-    interval = stats.ttest_1samp(values, 0.0).confidence_interval(confidence)
-    return mean, [float(interval.low), float(interval.high)]
 
 
 def print_results(results: dict[str, Any]) -> None:

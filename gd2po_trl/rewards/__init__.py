@@ -16,12 +16,12 @@ from .user_code import build_reward, import_reward, one_line
 
 # Short name -> module and builder. A builder takes the keyword arguments of a recipe and returns a reward function.
 BUILT_IN: dict[str, tuple[str, str]] = {
-    "correctness": ("tool_calling", "Correctness"),
-    "format": ("tool_calling", "Format"),
-    "length": ("tool_calling", "Length"),
-    "reward_model": ("preference", "RewardModel"),
-    "remote_scorer": ("remote", "RemoteScorer"),
-    "text_scorer": ("text_scorers", "TextScorer"),
+    "correctness": ("gd2po_trl.tasks.tool_calling.rewards", "Correctness"),
+    "format": ("gd2po_trl.tasks.tool_calling.rewards", "Format"),
+    "length": ("gd2po_trl.tasks.tool_calling.rewards", "Length"),
+    "reward_model": ("gd2po_trl.reward_models.in_process", "RewardModel"),
+    "remote_scorer": ("gd2po_trl.reward_models.served", "RemoteScorer"),
+    "text_scorer": ("gd2po_trl.reward_models.text_scorer", "TextScorer"),
 }
 
 # What a reward may have beside its call: `load()` reads weights or reaches a server, `unload()` gives the memory back,
@@ -60,7 +60,7 @@ def resolve_reward(label: str, kwargs: dict[str, Any] | None = None, *, beside: 
         raise UsageError(f"`type` of the reward '{label}' is {kind!r}; it must be a name.")
     if kind in BUILT_IN:
         module, name = BUILT_IN[kind]
-        builder = getattr(import_module(f".{module}", __name__), name)
+        builder = getattr(import_module(module), name)
         if "name" in inspect.signature(builder).parameters:
             # Reward models name themselves in their errors.
             kwargs.setdefault("name", label)
@@ -95,8 +95,8 @@ def resolve_reward(label: str, kwargs: dict[str, Any] | None = None, *, beside: 
 
 def _checked_classifier(model: str, label: str) -> str:
     """`model`, once its config says that TRL would find a trained head in it. Else TRL gives it a random one."""
-    from .preference import trl_scores_another_token
-    from .score_model import is_classifier, read_config
+    from ..reward_models.in_process import trl_scores_another_token
+    from ..reward_models.loading import is_classifier, read_config
 
     try:
         config = read_config(model)

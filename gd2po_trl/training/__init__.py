@@ -13,8 +13,8 @@ from ..datasets import load_dataset_by_name
 from ..errors import UsageError
 from ..packages import check_packages
 from ..recipe import Recipe
+from ..reward_guard import RewardError
 from ..rewards import load_reward, resolve_reward
-from ..rewards.guard import RewardError
 from .policy import check_model, load_tokenizer, policy_arguments
 from .resuming import RESOLVED_RECIPE, RunRecord, only_run_in
 

@@ -186,7 +186,7 @@ def _score(
 
 
 def _given_rows(path: str, dataset: "Dataset") -> tuple[list[dict[str, Any]], str]:
-    from ..datasets._sources import Source, load_rows, require_columns
+    from ..datasets.sources import Source, load_rows, require_columns
 
     given, origin = load_rows(Source("completions", remedy="give a file"), path, None)
     require_columns(given, ["completion"], "completions", origin, "rename the column that holds the completions")

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from ..datasets import load_dataset_by_name
-from ..datasets._sources import checked_prompt, is_empty, iterate_rows
 from ..datasets.prompts import render_conversations
+from ..datasets.sources import checked_prompt, is_empty, iterate_rows
 from ..errors import UsageError
 from ..packages import check_packages
 from ..progress import RewardProgress

@@ -1,10 +1,11 @@
-"""What the policy wrote, and a prompt and a completion as the token ids that a reward model was trained to read."""
+"""A prompt and a completion as the token ids that a reward model was trained to read."""
 
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
+from ..messages import Messages, text_of, written_text
 from .options import check_integer
 
 
@@ -12,8 +13,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TRUNCATION_SIDES = ("left", "right")
-
-Messages = list[dict[str, Any]]
 
 
 def resolve_template(
@@ -76,7 +75,7 @@ def render(prompt: str | Messages, completion: str | Messages, template: str, eo
     One conversation in the `"beaver"` template or in a text with `{prompt}` and `{response}`.
 
     In a text, an earlier turn of a multi-turn prompt becomes a line `Role: content`. The response is what the policy
-    wrote, see [`written_text`]. The end-of-sequence token after the response is not part of the result.
+    wrote, see [`~messages.written_text`]. The end-of-sequence token after the response is not part of the result.
     """
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     response = written_text(completion)
@@ -89,46 +88,6 @@ def render(prompt: str | Messages, completion: str | Messages, template: str, eo
     values = {"{prompt}": context, "{response}": response}
     # In one pass, so that a placeholder inside the prompt stays text.
     return re.sub(r"\{prompt\}|\{response\}", lambda match: values[match.group()], template)
-
-
-def text_of(message: dict[str, Any]) -> str:
-    """A message's text; of a list of parts, the text parts. A message without content is empty."""
-    content = message.get("content")
-    if isinstance(content, (list, tuple)):
-        texts = [part.get("text") if isinstance(part, dict) else part for part in content]
-        return "".join(text for text in texts if isinstance(text, str))
-    if isinstance(content, str):
-        return content
-    return str(content) if isinstance(content, (int, float)) else ""
-
-
-def written_texts(completion: Any) -> list[str]:
-    """
-    The texts that the policy wrote in a completion as TRL hands it to a reward function.
-
-    Args:
-        completion (`str` or `list[dict]`):
-            A text, or messages. Those of other roles than the assistant's are left out: what a tool or an environment
-            said is not the policy's. So are structured `tool_calls`, which are no text. Never raises: anything else
-            counts as no text.
-
-    Returns:
-        `list[str]`: One per assistant message, or the text itself.
-    """
-    if isinstance(completion, str):
-        return [completion]
-    if not isinstance(completion, (list, tuple)):
-        return []
-    return [
-        text_of(message)
-        for message in completion
-        if isinstance(message, dict) and message.get("role", "assistant") == "assistant"
-    ]
-
-
-def written_text(completion: Any) -> str:
-    """All that the policy wrote in `completion` as one text: see [`written_texts`]; a line break between messages."""
-    return "\n".join(filter(None, written_texts(completion)))
 
 
 def _beaver_turns(turns: Messages, eos_token: str) -> str:

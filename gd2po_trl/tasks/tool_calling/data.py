@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UsageError
-from ..tool_calls import parse_gold
-from ._sources import (
+from ...datasets.sources import (
     DatasetReport,
     Source,
     checked_prompt,
@@ -18,6 +16,8 @@ from ._sources import (
     load_rows,
     require_columns,
 )
+from ...errors import UsageError
+from .text_format import parse_gold
 
 
 if TYPE_CHECKING:

@@ -12,8 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UsageError
-from ._sources import (
+from ...datasets.sources import (
     DatasetReport,
     Source,
     checked_prompt,
@@ -25,6 +24,7 @@ from ._sources import (
     load_rows,
     require_columns,
 )
+from ...errors import UsageError
 
 
 if TYPE_CHECKING:

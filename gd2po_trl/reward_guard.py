@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..completions_table import is_table_column
+from .completions_table import is_table_column
 
 
 class RewardError(RuntimeError):

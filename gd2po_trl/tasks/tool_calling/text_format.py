@@ -13,8 +13,6 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from .rewards.conversation import written_texts
-
 
 # JSON nested deeper than this counts as no JSON. A fixed limit, far below Python's own, keeps a score from depending
 # on how deep in the call stack it is computed.
@@ -87,20 +85,6 @@ def values_equal(first: Any, second: Any) -> bool:
         return bool(first == second)
     except RecursionError:
         return False
-
-
-def completion_text(completion: Any) -> str:
-    """
-    The answer in a completion as TRL hands it to a reward function: the last of the texts that the policy wrote (see
-    [`~rewards.conversation.written_texts`]), without white space around it. Empty if there is none.
-    """
-    texts = written_texts(completion)
-    return texts[-1].strip() if texts else ""
-
-
-def continued(prefill: str, text: str) -> str:
-    """An assistant's turn of which the prompt holds the start, such as `<think>`: that start, and `text` after it."""
-    return f"{prefill.strip()}\n{text}" if prefill.strip() else text
 
 
 def think_text(text: str) -> str | None:

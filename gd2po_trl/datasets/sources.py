@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
-from ._layouts import broken_json, files_below, files_of_split, load_saved
+from .layouts import broken_json, files_below, files_of_split, load_saved
 
 
 if TYPE_CHECKING:

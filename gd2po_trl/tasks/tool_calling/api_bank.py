@@ -25,9 +25,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import UsageError
-from ..tool_calls import (
-    continued,
+from ...errors import UsageError
+from ...evaluation.intervals import wilson_interval
+from ...evaluation.predictions import EvalRow, prefill_of
+from ...evaluation.tables import print_table
+from ...messages import continued
+from .text_format import (
     parse_calls,
     parse_gold,
     parse_json,
@@ -35,8 +38,6 @@ from ..tool_calls import (
     think_text,
     values_equal,
 )
-from .engine import EvalRow, prefill_of, wilson_interval
-from .tables import print_table
 
 
 PROTOCOLS = ("strict", "reference")
@@ -93,7 +94,7 @@ def load_rows(folder: str | None, levels: Sequence[int] = (1, 2, 3), limit: int 
     Raises:
         [`UsageError`]: if a file is missing or a row has no gold call.
     """
-    from ..datasets.tool_calling import load_api_bank
+    from .data import load_api_bank
 
     if limit is not None and limit < 1:
         raise UsageError(f"limit is {limit}; it must be at least 1.")

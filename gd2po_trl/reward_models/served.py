@@ -12,12 +12,13 @@ import urllib3
 from transformers import AutoConfig
 
 from ..errors import UsageError
-from .conversation import ConversationEncoder, Messages, render, resolve_template
+from ..messages import Messages
+from ..reward_guard import RewardError
+from .conversation import ConversationEncoder, render, resolve_template
 from .direction import check_direction, resolve_direction
-from .guard import RewardError
+from .in_process import NON_FINITE, finite_or, read_tokenizer
+from .loading import padding_token, scores_last_token
 from .options import check_integer, check_mapping, check_number
-from .preference import NON_FINITE, finite_or, read_tokenizer
-from .score_model import padding_token, scores_last_token
 
 
 # Answers are a few numbers per text; more than this is no answer of a reward model.

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
-from .conversation import written_text
+from ..messages import written_text
 
 
 if TYPE_CHECKING:

@@ -28,11 +28,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..errors import UsageError
-from ..tool_calls import (
+from ...errors import UsageError
+from ...messages import completion_text, continued
+from .text_format import (
     Gold,
-    completion_text,
-    continued,
     parse_calls,
     parse_gold,
     reference_tool_call,

@@ -13,11 +13,12 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from ..errors import UsageError
-from .conversation import ConversationEncoder, Messages, render_chat, resolve_template
+from ..messages import Messages
+from ..reward_guard import RewardError
+from .conversation import ConversationEncoder, render_chat, resolve_template
 from .direction import check_direction, is_safe_rlhf, published_direction, resolve_direction
-from .guard import RewardError
+from .loading import load_scoring_module, on_device, padding_token, read_config, scores_last_token
 from .options import check_integer, check_switch
-from .score_model import load_scoring_module, on_device, padding_token, read_config, scores_last_token
 
 
 logger = logging.get_logger(__name__)

@@ -5,9 +5,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError
-from .engine import RESULTS_FILE, write_atomically
-from .tables import print_table
+from ...errors import UsageError
+from ...evaluation.predictions import RESULTS_FILE, write_atomically
+from ...evaluation.tables import print_table
 
 
 LEADERBOARD_FILE = "leaderboard.json"

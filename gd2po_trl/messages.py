@@ -1,0 +1,60 @@
+"""The text in messages, and what the policy wrote of a completion."""
+
+from typing import Any
+
+
+Messages = list[dict[str, Any]]
+
+
+def text_of(message: dict[str, Any]) -> str:
+    """A message's text; of a list of parts, the text parts. A message without content is empty."""
+    content = message.get("content")
+    if isinstance(content, (list, tuple)):
+        texts = [part.get("text") if isinstance(part, dict) else part for part in content]
+        return "".join(text for text in texts if isinstance(text, str))
+    if isinstance(content, str):
+        return content
+    return str(content) if isinstance(content, (int, float)) else ""
+
+
+def written_texts(completion: Any) -> list[str]:
+    """
+    The texts that the policy wrote in a completion as TRL hands it to a reward function.
+
+    Args:
+        completion (`str` or `list[dict]`):
+            A text, or messages. Those of other roles than the assistant's are left out: what a tool or an environment
+            said is not the policy's. So are structured `tool_calls`, which are no text. Never raises: anything else
+            counts as no text.
+
+    Returns:
+        `list[str]`: One per assistant message, or the text itself.
+    """
+    if isinstance(completion, str):
+        return [completion]
+    if not isinstance(completion, (list, tuple)):
+        return []
+    return [
+        text_of(message)
+        for message in completion
+        if isinstance(message, dict) and message.get("role", "assistant") == "assistant"
+    ]
+
+
+def written_text(completion: Any) -> str:
+    """All that the policy wrote in `completion` as one text: see [`written_texts`]; a line break between messages."""
+    return "\n".join(filter(None, written_texts(completion)))
+
+
+def completion_text(completion: Any) -> str:
+    """
+    The answer in a completion as TRL hands it to a reward function: the last of the texts that the policy wrote (see
+    [`written_texts`]), without white space around it. Empty if there is none.
+    """
+    texts = written_texts(completion)
+    return texts[-1].strip() if texts else ""
+
+
+def continued(prefill: str, text: str) -> str:
+    """An assistant's turn of which the prompt holds the start, such as `<think>`: that start, and `text` after it."""
+    return f"{prefill.strip()}\n{text}" if prefill.strip() else text
