@@ -34,11 +34,12 @@ def collapse_statistics(
 
     Returns:
         `torch.Tensor` of shape `(3, K)`, float32: mean of each reward, its sign turned where the weight is negative
-        (NaN where nothing was scored), the rollouts that would raise it, and those of them that the filter dropped.
+        (NaN where nothing was scored or the weight is 0), the rollouts that would raise it, and those of them that the
+        filter dropped.
     """
     raising = breakdown.per_reward > SIGN_EPS
     dropped = raising & ~breakdown.kept.unsqueeze(1)
-    means = rewards.nanmean(0) * reward_weights.sign()
+    means = torch.where(reward_weights == 0, torch.nan, rewards.nanmean(0) * reward_weights.sign())
     return torch.stack([means.float(), raising.sum(0).float(), dropped.sum(0).float()])
 
 

@@ -15,6 +15,8 @@ from .advantages import (
     check_snr_threshold,
     check_update_share,
 )
+from .recipe_values import as_mapping
+from .schedules import read_weight_schedules
 from .update.budget import refuse_update_share
 from .update.rows import LOSS_DENOMINATORS
 
@@ -71,6 +73,10 @@ class GD2POConfig(GRPOConfig):
         whitening_shift_mean (`bool`, *optional*, defaults to `True`):
             Whether whitening also subtracts the mean. It gives rollouts of groups without signal a small non-zero
             advantage; `False` only scales, by the spread about 0.
+        reward_weight_schedules (`dict` or `None`, *optional*, defaults to `None`):
+            Factors of `reward_weights` over the optimizer steps, by name of the reward: a number,
+            `{"linear": {0: 0.0, 100: 1.0}}` or `{"steps": {0: 1.0, 100: 0.5}}`, constant beyond the last step. A
+            generation batch is weighted by the optimizer steps done before it; evaluations by `reward_weights` alone.
         update_share (`float`, *optional*, defaults to `1.0`):
             Share of the rollouts of a generation batch to train, in (0, 1]. Below 1, rollouts are drawn with
             probability proportional to |advantage| and weighted so that the expected gradient stays the same (see
@@ -132,6 +138,13 @@ class GD2POConfig(GRPOConfig):
     whitening_shift_mean: bool = field(
         default=True, metadata={"help": "Whether whitening subtracts the mean, or only scales."}
     )
+    reward_weight_schedules: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "Factors of `reward_weights` over the optimizer steps, by reward: a number, {linear: {0: 0.0, "
+            "100: 1.0}} or {steps: {0: 1.0, 100: 0.5}} (JSON on the command line)."
+        },
+    )
     update_share: float = field(
         default=1.0,
         metadata={
@@ -171,6 +184,9 @@ class GD2POConfig(GRPOConfig):
         check_choice("whitening", self.whitening, WHITENINGS)
         check_snr_threshold(self.snr_threshold)
         check_update_share(self.update_share)
+        read_weight_schedules(self.reward_weight_schedules)
+        if self.reward_weight_schedules is not None:
+            self.reward_weight_schedules = as_mapping("reward_weight_schedules", self.reward_weight_schedules)
         check_choice(
             "multi_objective_aggregation",
             self.multi_objective_aggregation,

@@ -2,6 +2,8 @@
 
 import math
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -19,6 +21,7 @@ from .diagnostics import conflict_metrics, nothing_learned
 from .gd2po_config import METHODS, GD2POConfig
 from .preflight import check_before_loading, check_reward_names, check_trainable
 from .reward_guard import RewardError, RewardGuard, SilentRewards
+from .schedules import check_weight_schedules, read_weight_schedules, weights_at
 from .trl_workarounds import PatchedGRPOTrainer
 from .update.budget import UpdateBudget, budget_metrics, refuse_update_share, trainable_advantages
 from .update.rows import loss_mask
@@ -105,6 +108,8 @@ class GD2POTrainer(PatchedGRPOTrainer):
         super().__init__(model, reward_funcs, args, *positional, **kwargs)
         check_trainable(self.model)
         check_reward_names(self.reward_func_names)
+        self._weight_schedules = read_weight_schedules(args.reward_weight_schedules)
+        check_weight_schedules(self._weight_schedules, self.reward_func_names, self.reward_weights.tolist())
 
         if is_plain_grpo_config:
             logger.info(f"A plain GRPOConfig was given: GD²PO runs with its defaults, {METHODS['gd2po_hard']}.")
@@ -161,6 +166,25 @@ class GD2POTrainer(PatchedGRPOTrainer):
         return rewards
 
     def _generate_and_score_completions(self, inputs):
+        with self._weights_of_the_step():
+            return self._generate_and_score(inputs)
+
+    @contextmanager
+    def _weights_of_the_step(self) -> Iterator[None]:
+        """The scheduled weights in the place of `reward_weights`, which also TRL's own advantages are made of."""
+        weights = self.reward_weights
+        if self._weight_schedules and self.model.training:
+            names = self.reward_func_names
+            current = weights_at(self.state.global_step, self._weight_schedules, names, weights.tolist())
+            self.reward_weights = weights.new_tensor(current)
+            for name, weight in zip(names, current, strict=True):
+                self._metrics["train"][f"gd2po/reward_weight/{name}"].append(weight)
+        try:
+            yield
+        finally:
+            self.reward_weights = weights
+
+    def _generate_and_score(self, inputs: Any) -> dict[str, Any]:
         self._captured_rewards = None
         output = super()._generate_and_score_completions(inputs)
         rewards, self._captured_rewards = self._captured_rewards, None

@@ -10,6 +10,7 @@ from .completions_table import is_table_column
 from .datasets.prompts import check_prompts_render
 from .errors import UsageError
 from .reward_guard import name_of, refused_arguments, required_arguments, takes_no_kwargs
+from .schedules import check_weight_schedules, read_weight_schedules
 
 
 # What TRL passes to every reward function; anything else that a function asks for is a dataset column.
@@ -44,6 +45,10 @@ def check_before_loading(arguments: dict[str, Any]) -> None:
         raise ValueError(
             f"`reward_weights` has {len(weights)} entries and there are {len(reward_funcs)} reward functions; the "
             "numbers must match. Give one weight for each, in their order."
+        )
+    if not adds_rewards:
+        check_weight_schedules(
+            read_weight_schedules(args.reward_weight_schedules), list(_names(reward_funcs)), weights
         )
     functions = [func for func in reward_funcs if not isinstance(func, (str, nn.Module))]
     _check_size(dataset, args)

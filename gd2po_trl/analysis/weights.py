@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 # Totals within this of the weighted sum of the rewards, relative to their size, agree with it.
 TOLERANCE = 1e-3
+# Metrics of a run whose weights follow a schedule.
+SCHEDULED = "gd2po/reward_weight/"
 # A share of rollouts below this may differ: truncated completions that the run masked conflict with nothing there.
 TOLERATED_SHARE = 0.01
 
@@ -73,6 +75,11 @@ def find_weights(rollouts: "Rollouts", groups: "Groups", given: Sequence[float] 
         if any(other is not None and other != weights_of_runs[0] for other in weights_of_runs):
             warnings.append(
                 "The runs have different `reward_weights`; those of the first are taken for all. Analyze them apart."
+            )
+        if any(key.startswith(SCHEDULED) for entry in logged_rewards(rollouts.files[0]) for key in entry):
+            warnings.append(
+                "The run changed the weights on the way (`reward_weight_schedules`); here its `reward_weights` count "
+                "throughout. --reward-weights gives other ones."
             )
         return Weights(np.array(weights_of_runs[0]), "recipe.yaml", scale, warnings)
     values, totals = _logged_means(rollouts, groups)

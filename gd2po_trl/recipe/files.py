@@ -18,6 +18,7 @@ METHOD_FIELDS = ("multi_objective_aggregation", "conflict_filter", "consensus_we
 
 # Mappings of labels to keyword arguments -> the key among these that says what takes them, by default the label.
 KINDS = {"reward_kwargs": "type", "eval_dataset": "name"}
+SCHEDULES = "reward_weight_schedules"
 
 
 def read_recipe_file(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -55,9 +56,9 @@ def merge_layers(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]
     """
     The keys of `above` over those of `below`.
 
-    Mappings merge key by key, everything else is replaced. Three things end what lies below: another `type` of a
-    reward (`name` of an evaluation set) drops what stood under its label, null in place of an evaluation set drops the
-    set, and `method` the fields that it presets.
+    Mappings merge key by key, everything else is replaced. Four things end what lies below: another `type` of a
+    reward (`name` of an evaluation set) drops what stood under its label, a weight schedule the one of the same
+    reward, null in place of an evaluation set drops the set, and `method` the fields that it presets.
     """
     below, above = _with_mappings(below), _with_mappings(above)
     if "method" in above:
@@ -69,6 +70,8 @@ def merge_layers(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]
             if isinstance(kwargs, dict) and isinstance(inherited, dict) and kind in kwargs:
                 if kwargs[kind] != inherited.get(kind, label):
                     merged[key][label] = kwargs
+    for label, schedule in _mapping(above.get(SCHEDULES)).items():
+        merged[SCHEDULES][label] = schedule
     sets, inherited = _mapping(above.get("eval_dataset")), _mapping(below.get("eval_dataset"))
     for label, options in sets.items():
         if options is None and label in inherited:
@@ -85,7 +88,7 @@ def _with_mappings(layer: dict[str, Any]) -> dict[str, Any]:
     """`layer` with the JSON texts among its values as mappings, as a command line has them."""
 
     def is_json(key: str, value: Any) -> bool:
-        takes_mappings = key.endswith("_kwargs") or key == "eval_dataset"
+        takes_mappings = key.endswith("_kwargs") or key in ("eval_dataset", SCHEDULES)
         return takes_mappings and isinstance(value, str) and value.lstrip().startswith("{")
 
     return {key: as_mapping(key, value) if is_json(key, value) else value for key, value in layer.items()}

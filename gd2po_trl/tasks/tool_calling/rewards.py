@@ -30,6 +30,7 @@ from typing import Any, ClassVar
 
 from ...errors import UsageError
 from ...messages import completion_text, continued
+from ...schedules import Schedule
 from .text_format import (
     Gold,
     parse_calls,
@@ -129,10 +130,8 @@ class _ScheduledReward:
         if final is None or self.schedule_steps is None or step is None:
             return start
         # `step` counts finished optimizer steps, so it is 0 at the first generation batch, which ToolRL calls 1.
-        progress = (step + self.steps_per_batch) / self.schedule_steps
-        if self.schedule == "step":
-            return final if progress >= 1 else start
-        return start + (final - start) * min(progress, 1.0)
+        kind = "steps" if self.schedule == "step" else self.schedule
+        return Schedule(kind, ((0, start), (self.schedule_steps, final))).at(step + self.steps_per_batch)
 
     def _golds(self, answer: Sequence[str] | None, completions: Sequence[Any]) -> list[Gold | None]:
         """One parsed ground truth per completion; the rollouts of a group share theirs."""
