@@ -15,7 +15,7 @@ from .advantages import (
     check_snr_threshold,
     check_update_share,
 )
-from .recipe_values import as_mapping
+from .recipe.values import as_mapping
 from .schedules import read_weight_schedules
 from .update.budget import refuse_update_share
 from .update.rows import LOSS_DENOMINATORS

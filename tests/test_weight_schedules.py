@@ -12,7 +12,7 @@ from trl import GRPOTrainer
 from gd2po_trl import GD2POConfig, GD2POTrainer, compute_advantages
 from gd2po_trl.errors import UsageError
 from gd2po_trl.recipe import load_recipe
-from gd2po_trl.recipe_files import merge_layers
+from gd2po_trl.recipe.files import merge_layers
 from gd2po_trl.schedules import check_weight_schedules, read_weight_schedules, weights_at
 
 
@@ -98,12 +98,12 @@ def test_in_a_recipe(tmp_path):
 
 @pytest.fixture
 def build(tiny_policy, tmp_path):
-    def _build(trainer_class=GD2POTrainer, dataset=None, **overrides):
+    def _build(trainer_class=GD2POTrainer, folder="run", **overrides):
         return trainer_class(
             str(tiny_policy),
             [low_bytes, spread_bytes],
-            tiny_args(tmp_path / "run", **overrides),
-            train_dataset=letters_dataset() if dataset is None else dataset,
+            tiny_args(tmp_path / folder, **overrides),
+            train_dataset=letters_dataset(),
             eval_dataset=letters_dataset(2) if "eval_strategy" in overrides else None,
         )
 
@@ -169,19 +169,24 @@ def test_several_steps_on_a_generation_batch_have_the_weight_of_its_first(build)
 def test_under_grpo_it_is_the_weight_of_trls_own_advantages(build):
     settings = {"multi_objective_aggregation": "sum_then_normalize", "packed_update": False, "max_steps": 1}
     settings |= {"skip_zero_advantage_rows": False, "keep_prompts_together": False}
-    ours = build(reward_weight_schedules={"spread_bytes": {"steps": {0: 0.25, 1: 1.0}}}, **settings)
-    stock = build(GRPOTrainer, reward_weights=[1.0, 0.25], **settings)
-    ours_spied, stock_spied = spied(ours), spied(stock)
-    ours.train(), stock.train()
-    assert torch.equal(ours_spied[0]["advantages"], stock_spied[0]["advantages"])
-    assert ours.state.log_history[0]["reward"] == stock.state.log_history[0]["reward"]
+    batches, logged = [], []
+    for trainer_class, weights in (
+        (GD2POTrainer, {"reward_weight_schedules": {"spread_bytes": {"steps": {0: 0.25, 1: 1.0}}}}),
+        (GRPOTrainer, {"reward_weights": [1.0, 0.25]}),
+    ):
+        trainer = build(trainer_class, **weights, **settings)
+        batches.append(spied(trainer))
+        trainer.train()
+        logged.append(trainer.state.log_history[0]["reward"])
+    assert torch.equal(batches[0][0]["advantages"], batches[1][0]["advantages"])
+    assert logged[0] == logged[1]
 
 
 def test_a_resumed_run_has_the_same_weights_bit_for_bit(build, tmp_path):
     settings = {"reward_weight_schedules": RAMP, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     whole = build(**settings)
     whole.train()
-    resumed = build(**settings, output_dir=str(tmp_path / "resumed"))
+    resumed = build(folder="resumed", **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     key = "gd2po/reward_weight/spread_bytes"
     assert [entry[key] for entry in history(resumed)] == [entry[key] for entry in history(whole)]
