@@ -347,6 +347,7 @@ def glossary() -> set[str]:
 def generic(metric: str) -> str:
     """A metric's name with the names of rewards replaced by their place."""
     metric = re.sub(r"^rewards/[^/]+/", "rewards/<name>/", metric.removeprefix("eval_"))
+    metric = re.sub(r"(gd2po/reward_weight)/.+", r"\1/<name>", metric)
     return re.sub(r"(gd2po/conflict_ratio)/.+_vs_.+", r"\1/<a>_vs_<b>", metric)
 
 
@@ -362,6 +363,7 @@ def run(tiny_policy, tmp_path_factory) -> Path:
         eval_steps=2,
         beta=0.0,
         update_share=0.5,  # for the metrics of the budget
+        reward_weight_schedules={"low_bytes": 2},  # and of the weights
     )
     rewards = [low_bytes, spread_bytes]
     trainer = GD2POTrainer(
