@@ -9,6 +9,9 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+import yaml
+
+from gd2po_trl.cli import COMMANDS
 
 
 ROOT = Path(__file__).parents[1]
@@ -55,3 +58,16 @@ def test_one_python_everywhere(path):
     assert tools["mypy"]["python_version"] == oldest
     named = re.findall(r"Python (3\.\d+)", (ROOT / path).read_text(encoding="utf-8"))
     assert named and set(named) == {oldest}
+
+
+def test_workflow_covers_every_python_and_runs_what_exists():
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))
+    pythons = re.findall(r"Python :: (3\.\d+)", SETUP["metadata"]["classifiers"])
+    assert workflow["jobs"]["test"]["strategy"]["matrix"]["python-version"] == pythons
+    commands = "\n".join(step.get("run", "") for job in workflow["jobs"].values() for step in job["steps"])
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    made = set(re.findall(r"^make (\S+)", commands, flags=re.MULTILINE))
+    assert {"lint", "test"} <= made <= set(targets)
+    assert all((ROOT / name).is_file() for name in re.findall(r"constraints\S*\.txt", commands))
+    used = set(re.findall(r"bin/gd2po ([a-z]\S*)", commands))
+    assert used and used <= set(COMMANDS)
