@@ -1,13 +1,12 @@
 """`gd2po eval`."""
 
 import argparse
-import json
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from ..evaluation.settings import check_model_exists
+from ..evaluation.settings import GenerationSettings, check_model_exists, mapping
 from ..terminal import set_up_logging
 
 
@@ -65,7 +64,7 @@ def main(argv: list[str]) -> int:
         raise UsageError("--adapter goes with --model, not with --predictions.")
     if arguments.adapter is not None and len(arguments.model) > 1:
         raise UsageError("--adapter goes with one --model; the folder of an adapter is a model as well.")
-    arguments.chat_template_kwargs = _mapping("--chat-template-kwargs", arguments.chat_template_kwargs)
+    arguments.chat_template_kwargs = mapping("--chat-template-kwargs", arguments.chat_template_kwargs)
     models = arguments.model or [None]
     if len(models) > 1:
         return _run_each(arguments, models)
@@ -115,9 +114,14 @@ def _leaderboard(arguments: argparse.Namespace) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="gd2po eval", description="Evaluate a policy.", allow_abbrev=False)
     tasks = parser.add_subparsers(metavar="TASK", required=True)
-    style = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
 
-    task = tasks.add_parser("api-bank", help="tool calling on API-Bank", description=API_BANK, **style)
+    def add_task(name: str, run: Any, summary: str, description: str) -> argparse.ArgumentParser:
+        style = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+        task = tasks.add_parser(name, help=summary, description=description, **style)
+        task.set_defaults(run=run, task=name)
+        return task
+
+    task = add_task("api-bank", _api_bank, "tool calling on API-Bank", API_BANK)
     _add_common(task, max_new_tokens=4096, max_prompt_tokens=None)
     task.add_argument(
         "--data", metavar="FOLDER", help="folder with level-1-api_processed.json, ... from ToolRL's repository"
@@ -130,30 +134,13 @@ def _parser() -> argparse.ArgumentParser:
         default="strict",
         help="reference is comparable with published figures, strict mends their defects (default: strict)",
     )
-    task.set_defaults(run=_api_bank, task="api-bank")
 
-    task = tasks.add_parser("safe-alignment", help="helpfulness and harmlessness", description=SAFE_ALIGNMENT, **style)
+    task = add_task("safe-alignment", _safe_alignment, "helpfulness and harmlessness", SAFE_ALIGNMENT)
     _add_common(task, max_new_tokens=1024, max_prompt_tokens=512)
-    task.add_argument(
-        "--data",
-        action="append",
-        required=True,
-        metavar="DATA",
-        help="prompts: a file with a `prompt` column, a short name (alpaca, hh_rlhf, pku_saferlhf, beavertails, "
-        "beavertails_evaluation), NAME=PATH, or 'LABEL={name: ..., path: ..., split: ...}'; repeat for several",
-    )
-    task.add_argument(
-        "--reward",
-        action="append",
-        required=True,
-        metavar="REWARD",
-        help="what to score with: LABEL, LABEL=TYPE or 'LABEL={type: ..., ...}' as in a recipe's reward_kwargs, or a "
-        "recipe.yaml whose rewards to use; repeat for several",
-    )
+    _add_data_and_rewards(task, required=True)
     task.add_argument(
         "--baseline", metavar="WHAT", help="predictions (file or folder) or a model to compute win rates against"
     )
-    task.add_argument("--limit", type=int, metavar="N", help="first N prompts of each data set (default: all)")
     task.add_argument(
         "--protocol",
         choices=("all", "reference"),
@@ -161,38 +148,45 @@ def _parser() -> argparse.ArgumentParser:
         help="reference averages, as published, the prompts that occur once in their data set, all every row; the "
         "results hold both means (default: all)",
     )
-    task.set_defaults(run=_safe_alignment, task="safe-alignment")
 
-    task = tasks.add_parser("rewards", help="any rewards on any data", description=REWARDS, **style)
+    task = add_task("rewards", _rewards, "any rewards on any data", REWARDS)
     _add_common(task, max_new_tokens=None, max_prompt_tokens=None)
     task.add_argument("--config", metavar="RECIPE", help="recipe to read (default: recipe.yaml in the model's folder)")
-    task.add_argument(
-        "--data",
-        action="append",
-        metavar="DATA",
-        help="prompts with the columns that rewards read: a file, or as for safe-alignment (default: the recipe's)",
-    )
-    task.add_argument(
-        "--reward",
-        action="append",
-        metavar="REWARD",
-        help="what to score with: LABEL, LABEL=TYPE or 'LABEL={type: ..., ...}' (default: the recipe's rewards)",
-    )
+    _add_data_and_rewards(task, required=False)
     task.add_argument(
         "--baseline",
         metavar="WHAT",
         help="the model before the training, or predictions; 'none' compares nothing (default: the recipe's model)",
     )
-    task.add_argument("--limit", type=int, metavar="N", help="first N prompts of each data set (default: all)")
-    task.set_defaults(run=_rewards, task="rewards")
 
-    task = tasks.add_parser("leaderboard", help="API-Bank runs, best first", description=LEADERBOARD, **style)
+    task = add_task("leaderboard", _leaderboard, "API-Bank runs, best first", LEADERBOARD)
     task.add_argument(
         "folders", nargs="*", default=["eval/api-bank"], metavar="FOLDER", help="(default: eval/api-bank)"
     )
     task.add_argument("--output", metavar="FILE", help="also write the figures to this JSON file")
-    task.set_defaults(run=_leaderboard, task="leaderboard")
     return parser
+
+
+def _add_data_and_rewards(task: argparse.ArgumentParser, required: bool) -> None:
+    default = "" if required else " (default: the recipe's)"
+    task.add_argument(
+        "--data",
+        action="append",
+        required=required,
+        metavar="DATA",
+        help="prompts: a file with a `prompt` column and those that rewards read, a short name (alpaca, hh_rlhf, "
+        "pku_saferlhf, beavertails, beavertails_evaluation), NAME=PATH, or 'LABEL={name: ..., path: ..., split: "
+        f"...}}'; repeat for several{default}",
+    )
+    task.add_argument(
+        "--reward",
+        action="append",
+        required=required,
+        metavar="REWARD",
+        help="what to score with: LABEL, LABEL=TYPE or 'LABEL={type: ..., ...}' as in a recipe's reward_kwargs, or a "
+        f"recipe.yaml whose rewards to use; repeat for several{default}",
+    )
+    task.add_argument("--limit", type=int, metavar="N", help="first N prompts of each data set (default: all)")
 
 
 def _add_common(task: argparse.ArgumentParser, max_new_tokens: int | None, max_prompt_tokens: int | None) -> None:
@@ -256,24 +250,14 @@ def _add_common(task: argparse.ArgumentParser, max_new_tokens: int | None, max_p
     )
 
 
-def _mapping(name: str, value: Any) -> dict[str, Any]:
-    """A mapping, or the JSON text of one."""
-    try:
-        value = json.loads(value) if isinstance(value, str) else value
-    except ValueError as error:
-        raise UsageError(f"{name} is not valid JSON: {error}.") from None
-    if not isinstance(value, (dict, type(None))):
-        raise UsageError(f"{name} is {value!r}; it must be a mapping.")
-    return value or {}
-
-
 def _output(arguments: argparse.Namespace) -> Path | None:
+    """The folder of the run; `None` where it writes nothing."""
     if arguments.output is not None:
         folder = Path(arguments.output)
-    elif arguments.task == "rewards" and arguments.model is not None and Path(arguments.model).is_dir():
-        folder = Path(arguments.adapter or arguments.model) / "eval"
     elif arguments.model is None:
         return None
+    elif arguments.task == "rewards" and Path(arguments.model).is_dir():
+        folder = Path(arguments.adapter or arguments.model) / "eval"
     else:
         folder = Path("eval") / arguments.task / Path(arguments.adapter or arguments.model).resolve().name
     place = next(place for place in (folder, *folder.parents) if place.exists())
@@ -282,9 +266,7 @@ def _output(arguments: argparse.Namespace) -> Path | None:
     return folder
 
 
-def _settings(arguments: argparse.Namespace, **changes: Any) -> Any:
-    from ..evaluation.settings import GenerationSettings
-
+def _settings(arguments: argparse.Namespace, **changes: Any) -> GenerationSettings:
     names = [field.name for field in fields(GenerationSettings)]
     return GenerationSettings(**{**{name: getattr(arguments, name) for name in names}, **changes})
 
@@ -304,7 +286,36 @@ def _predict(arguments: argparse.Namespace, rows: list) -> tuple[dict[str, dict[
     return predictions, {"model": settings.model, "adapter": settings.adapter, "settings": settings.identity()}
 
 
-def _report(arguments: argparse.Namespace, task: Any, results: dict[str, Any], scores: list[dict[str, Any]]) -> None:
+def _baseline(arguments: argparse.Namespace, rows: list, remedy: str = "") -> Any:
+    """Completions to compare with, or the settings that will make them; `None` without a baseline."""
+    from ..evaluation.predictions import is_predictions, read_predictions
+
+    if arguments.baseline is None:
+        return None
+    if is_predictions(arguments.baseline):
+        return read_predictions(arguments.baseline, rows)
+    if _output(arguments) is None:
+        raise UsageError("a baseline model needs --output, where its completions go.")
+    settings = _settings(arguments, model=arguments.baseline, adapter=None)
+    try:
+        settings.identity()  # a baseline that does not exist must fail before the model has run
+    except UsageError as error:
+        raise UsageError(f"{error}{remedy}") from error
+    return settings
+
+
+def _predict_both(arguments: argparse.Namespace, rows: list, baseline: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """As [`_predict`], of the `model` and of the `baseline`, if there is one."""
+    predictions, source = _predict(arguments, rows)
+    if isinstance(baseline, GenerationSettings):
+        from ..evaluation.running import generate_predictions
+
+        baseline = generate_predictions(rows, baseline, _output(arguments) / "baseline", description="Baseline")
+    sets = {"model": predictions} if baseline is None else {"model": predictions, "baseline": baseline}
+    return sets, {**source, "baseline": arguments.baseline}
+
+
+def _report(arguments: argparse.Namespace, task: Any, results: dict[str, Any], scores: list[dict[str, Any]]) -> int:
     from ..evaluation.running import write_results
 
     # Written first: a terminal or a pipe may be gone by now.
@@ -312,6 +323,7 @@ def _report(arguments: argparse.Namespace, task: Any, results: dict[str, Any], s
     task.print_results(results)
     if path is not None:
         print(f"Results: {path}")
+    return 0
 
 
 def _api_bank(arguments: argparse.Namespace) -> int:
@@ -324,77 +336,69 @@ def _api_bank(arguments: argparse.Namespace) -> int:
     rows = api_bank.load_rows(arguments.data, levels, arguments.limit)
     predictions, source = _predict(arguments, rows)
     results, scores = api_bank.score_predictions(rows, predictions, arguments.protocol)
-    _report(arguments, api_bank, {**results, **source}, scores)
-    return 0
+    return _report(arguments, api_bank, {**results, **source}, scores)
 
 
 def _safe_alignment(arguments: argparse.Namespace) -> int:
-    from ..evaluation.predictions import is_predictions, read_predictions
-    from ..evaluation.running import generate_predictions
+    from ..evaluation.inputs import data_options, reward_options
+    from ..evaluation.scoring import compute_scores, resolve_rewards
     from ..recipe.values import without_secrets
-    from ..tasks.safe_alignment import evaluation as safe_alignment
+    from ..tasks.safe_alignment import evaluation as task
 
-    rewards = safe_alignment.resolve_rewards(reward_options := _reward_options(arguments.reward))
-    rows = safe_alignment.load_rows(_data_options(arguments.data), arguments.limit)
-    output = _output(arguments)
-    baseline, baseline_settings = None, None
-    if arguments.baseline is not None and not is_predictions(arguments.baseline):
-        if output is None:
-            raise UsageError("a baseline model needs --output, where its completions go.")
-        baseline_settings = _settings(arguments, model=arguments.baseline, adapter=None)
-        baseline_settings.identity()  # a baseline that does not exist must fail before the model has run
-    elif arguments.baseline is not None:
-        baseline = read_predictions(arguments.baseline, rows)
-
-    predictions, source = _predict(arguments, rows)
-    if baseline_settings is not None:
-        baseline = generate_predictions(rows, baseline_settings, output / "baseline", description="Baseline")
-    sets = {"model": predictions} if baseline is None else {"model": predictions, "baseline": baseline}
-    by_set = safe_alignment.compute_scores(rows, sets, rewards)
-    scores, baseline_scores = by_set["model"], by_set.get("baseline")
-    results = safe_alignment.summarize(rows, predictions, scores, list(rewards), baseline_scores, arguments.protocol)
-    lines = [{"id": row.id, **scores[row.id]} for row in rows]
-    if baseline_scores is not None:
-        lines = [{**line, "baseline": baseline_scores[line["id"]]} for line in lines]
-    results |= {**source, "rewards": without_secrets(reward_options), "baseline": arguments.baseline}
-    _report(arguments, safe_alignment, results, lines)
-    return 0
+    rewards = resolve_rewards(options := reward_options(arguments.reward))
+    rows = task.load_rows(data_options(arguments.data), arguments.limit)
+    sets, source = _predict_both(arguments, rows, _baseline(arguments, rows))
+    scores = compute_scores(rows, sets, rewards)
+    baseline = scores.get("baseline")
+    results = task.summarize(rows, sets["model"], scores["model"], list(rewards), baseline, arguments.protocol)
+    lines = [{"id": row.id, **scores["model"][row.id]} for row in rows]
+    if baseline is not None:
+        lines = [{**line, "baseline": baseline[line["id"]]} for line in lines]
+    return _report(arguments, task, {**results, **source, "rewards": without_secrets(options)}, lines)
 
 
 def _rewards(arguments: argparse.Namespace) -> int:
     from ..evaluation import rewards as task
+    from ..evaluation.inputs import data_of, data_options, reward_options, rewards_of
     from ..evaluation.scoring import compute_scores, resolve_rewards
-    from ..recipe import without_secrets
+    from ..recipe.values import without_secrets
 
-    recipe = _recipe_of(arguments)
-    options, weights = _rewards_of(arguments, recipe)
+    recipe, model = _recipe_of(arguments), arguments.adapter or arguments.model
+    options = reward_options(arguments.reward) if arguments.reward else rewards_of(recipe)
+    if not options:
+        where = arguments.config or model or "the predictions"
+        raise UsageError(
+            f"which rewards? There is no recipe with `reward_funcs` in {where}; give --reward or --config."
+        )
+    weights = (not arguments.reward and recipe.get("reward_weights")) or [1.0] * len(options)
+    weights = dict(zip(options, weights, strict=True))
     rewards = resolve_rewards(options, columns=True)
-    rows = task.load_rows(_data_of(arguments, recipe), rewards, arguments.limit)
+    rows = task.load_rows(
+        data_options(arguments.data) if arguments.data else data_of(recipe), rewards, arguments.limit
+    )
     arguments.max_new_tokens = arguments.max_new_tokens or recipe.get("max_completion_length") or 512
     arguments.max_prompt_tokens = arguments.max_prompt_tokens or recipe.get("max_prompt_tokens")
-    arguments.chat_template_kwargs = arguments.chat_template_kwargs or _mapping(
-        "chat_template_kwargs", recipe.get("chat_template_kwargs")
-    )
-    baseline, settings = _baseline_of(arguments, recipe, rows)
+    key = "chat_template_kwargs"
+    arguments.chat_template_kwargs = arguments.chat_template_kwargs or mapping(key, recipe.get(key))
+    before = recipe.get("model_name_or_path")
+    if arguments.baseline is None and model is not None and before and Path(before).resolve() != Path(model).resolve():
+        arguments.baseline = before
+    elif arguments.baseline == "none":
+        arguments.baseline = None
+    baseline = _baseline(arguments, rows, remedy=" --baseline none compares with nothing.")
 
-    predictions, source = _predict(arguments, rows)
-    if settings is not None:
-        from ..evaluation.running import generate_predictions
-
-        baseline = generate_predictions(rows, settings, _output(arguments) / "baseline", description="Before")
-    sets = {"model": predictions} if baseline is None else {"model": predictions, "baseline": baseline}
-    model = arguments.adapter or arguments.model
+    sets, source = _predict_both(arguments, rows, baseline)
     if model is not None:
         task.add_completion_ids(sets.values(), model)
-    by_set = compute_scores(rows, sets, rewards, **task.reward_arguments(model))
-    scores, before = by_set["model"], by_set.get("baseline")
-    results = task.summarize(rows, predictions, scores, weights, before)
-    lines = [{"id": row.id, **{label: scores[row.id][label] for label in rewards}} for row in rows]
-    if before is not None:
-        lines = [{**line, "before": {label: before[line["id"]][label] for label in rewards}} for line in lines]
-    results |= {**source, "rewards": without_secrets(options), "weights": weights, "baseline": arguments.baseline}
-    _report(arguments, task, results, lines)
-    return 0
+    scores = compute_scores(rows, sets, rewards, **task.reward_arguments(model))
+    results = task.summarize(rows, sets["model"], scores["model"], weights, scores.get("baseline"))
+    lines = [{"id": row.id, **{label: scores["model"][row.id][label] for label in rewards}} for row in rows]
+    if "baseline" in scores:
+        lines = [
+            {**line, "before": {label: scores["baseline"][line["id"]][label] for label in rewards}} for line in lines
+        ]
+    results |= {**source, "rewards": without_secrets(options), "weights": weights}
+    return _report(arguments, task, results, lines)
 
 
 def _recipe_of(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -407,117 +411,3 @@ def _recipe_of(arguments: argparse.Namespace) -> dict[str, Any]:
         if folder is not None and (Path(folder) / "recipe.yaml").is_file():
             return read_recipe_file(Path(folder) / "recipe.yaml")
     return {}
-
-
-def _rewards_of(
-    arguments: argparse.Namespace, recipe: dict[str, Any]
-) -> tuple[dict[str, dict[str, Any]], dict[str, float]]:
-    """What each reward is, and its weight in the sum."""
-    if arguments.reward:
-        options = _reward_options(arguments.reward)
-        return options, dict.fromkeys(options, 1.0)
-    labels, kwargs = recipe.get("reward_funcs") or [], _mapping("reward_kwargs", recipe.get("reward_kwargs"))
-    labels = [labels] if isinstance(labels, str) else labels
-    if not labels:
-        where = arguments.config or arguments.adapter or arguments.model or "the predictions"
-        raise UsageError(
-            f"which rewards? There is no recipe with `reward_funcs` in {where}; give --reward or --config."
-        )
-    weights = recipe.get("reward_weights") or [1.0] * len(labels)
-    options = {label: _mapping(f"reward_kwargs.{label}", kwargs.get(label)) for label in labels}
-    return options, dict(zip(labels, weights, strict=True))
-
-
-def _data_of(arguments: argparse.Namespace, recipe: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    if arguments.data:
-        return _data_options(arguments.data)
-    key = "eval_dataset" if recipe.get("eval_dataset") else "dataset"
-    if not recipe.get(key) and not recipe.get(f"{key}_path"):
-        raise UsageError("which prompts? There is no recipe that names any; give --data or --config.")
-    split = recipe.get(f"{key}_split") or ("test" if key == "eval_dataset" else None)
-    if isinstance(recipe.get(key), dict):
-        return {label: {"name": label, "split": split, **options} for label, options in recipe[key].items()}
-    options = {"name": recipe.get(key) or "prompts", "path": recipe.get(f"{key}_path"), "split": split}
-    label = "held out" if key == "eval_dataset" else "training data"
-    return {label: {**options, **_mapping(f"{key}_kwargs", recipe.get(f"{key}_kwargs"))}}
-
-
-def _baseline_of(arguments: argparse.Namespace, recipe: dict[str, Any], rows: list) -> tuple[dict | None, Any]:
-    """Completions of the model before the training, or the settings that make them; neither for no comparison."""
-    from ..evaluation.predictions import is_predictions, read_predictions
-
-    what = arguments.baseline
-    if what is None and arguments.model is not None:
-        what = recipe.get("model_name_or_path")
-        same = what is not None and Path(what).resolve() == Path(arguments.adapter or arguments.model).resolve()
-        what = None if same else what
-    if what is None or what == "none":
-        arguments.baseline = None
-        return None, None
-    arguments.baseline = what
-    if is_predictions(what):
-        return read_predictions(what, rows), None
-    if _output(arguments) is None:
-        raise UsageError("a baseline model needs --output, where its completions go.")
-    settings = _settings(arguments, model=what, adapter=None)
-    try:
-        settings.identity()  # a baseline that does not exist must fail before the model has run
-    except UsageError as error:
-        raise UsageError(f"{error} --baseline none compares with nothing.") from error
-    return None, settings
-
-
-def _data_options(words: list[str]) -> dict[str, dict[str, Any]]:
-    from ..datasets.sources import data_suffix
-
-    options: dict[str, dict[str, Any]] = {}
-    for word in words:
-        if Path(word).is_file():
-            label, value = Path(word).stem, {"name": "prompts", "path": word}
-        elif "=" not in word and ("/" in word or data_suffix(Path(word))):
-            raise UsageError(f"--data is {word}, and there is no such file; NAME=PATH reads another data set.")
-        else:
-            label, value = _labelled(word, "--data", "path")
-        if label in options:
-            raise UsageError(
-                f"--data names {label!r} twice; give one of them a label: 'LABEL={{name: ..., path: ...}}'."
-            )
-        options[label] = value
-    return options
-
-
-def _reward_options(words: list[str]) -> dict[str, dict[str, Any]]:
-    options: dict[str, dict[str, Any]] = {}
-    for word in words:
-        if "=" not in word and word.endswith((".yaml", ".yml")):
-            from ..recipe.files import read_recipe_file
-
-            recipe = read_recipe_file(Path(word))
-            labels, kwargs = recipe.get("reward_funcs") or [], _mapping("reward_kwargs", recipe.get("reward_kwargs"))
-            labels = [labels] if isinstance(labels, str) else labels
-            found = {label: _mapping(f"reward_kwargs.{label}", kwargs.get(label)) for label in labels}
-        else:
-            label, value = _labelled(word, "--reward", "type")
-            found = {label: value}
-        if twice := options.keys() & found.keys():
-            raise UsageError(f"--reward names {sorted(twice)[0]!r} twice.")
-        options |= found
-    return options
-
-
-def _labelled(word: str, option: str, key: str) -> tuple[str, dict[str, Any]]:
-    """`LABEL`, `LABEL=TEXT` (short for `LABEL={key: TEXT}`) or `LABEL={...}` in YAML."""
-    import yaml
-
-    label, given, text = word.partition("=")
-    if not given:
-        return label, {}
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UsageError(f"{option} {word!r} is not valid YAML after '=': {error}") from None
-    if not isinstance(value, dict):
-        return label, {key: text}
-    if not all(isinstance(name, str) for name in value):
-        raise UsageError(f"{option} {word!r}: the keys after '=' must be text.")
-    return label, value

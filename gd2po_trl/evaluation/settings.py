@@ -150,3 +150,14 @@ def fingerprint_model(name: str, config_file: str) -> str:
         reason = str(error).strip().split("\n")[0]
         raise UsageError(f"No model {name!r}: neither a folder nor readable on the Hub ({reason})") from error
     return f"{name}@{extract_commit_hash(config, None)}"
+
+
+def mapping(name: str, value: Any) -> dict[str, Any]:
+    """The mapping `value`, or the JSON text of one; empty for `None`. `name` is for messages."""
+    try:
+        value = json.loads(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise UsageError(f"{name} is not valid JSON: {error}.") from None
+    if not isinstance(value, (dict, type(None))):
+        raise UsageError(f"{name} is {value!r}; it must be a mapping.")
+    return value or {}
