@@ -4,7 +4,9 @@ The formulas are those of GD²PO (arXiv 2606.16771) and GDPO (arXiv 2601.05242).
 whole generation batch, runs on the device of its input and never waits for it.
 """
 
-from collections.abc import Sequence
+import functools
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +17,9 @@ CONFLICT_FILTERS = ("hard", "snr", None)
 CONSENSUS_WEIGHTINGS = ("before_whitening", "after_whitening", None)
 WHITENINGS = ("token", "sequence", None)
 SCALE_REWARDS = ("group", "batch", "none")
+
+# What an estimator is given by name, beside the two arguments by place.
+ESTIMATOR_INPUTS = ("per_reward", "rewards", "reward_weights", "token_counts", "conflict", "agreement")
 
 # An advantage within this distance of zero has no sign.
 SIGN_EPS = 1e-8
@@ -40,7 +45,8 @@ class AdvantageBreakdown:
         per_reward (`torch.Tensor` of shape `(B, K)`):
             Weighted, group-normalized advantage of each reward; 0 where the reward did not score the rollout.
         combined (`torch.Tensor` of shape `(B,)`):
-            Sum of `per_reward` over the rewards, before filter, consensus weight and whitening.
+            Sum of `per_reward` over the rewards, or what the `estimator` made of them, before filter, consensus weight
+            and whitening.
         conflict (`torch.Tensor` of shape `(B,)`, bool):
             Whether one reward pushes the rollout up while another pushes it down.
         kept (`torch.Tensor` of shape `(B,)`, bool):
@@ -86,6 +92,9 @@ def survives_filter(
     """
     Which rollouts a conflict filter keeps: the one place where filters are defined.
 
+    A new one is a name in `CONFLICT_FILTERS` and a case here. Training, metrics, `gd2po analyze` and the recipes'
+    `conflict_filter` have it then; `METHODS` makes it a method.
+
     Args:
         conflict (`torch.Tensor`, bool): Whether the rewards disagree on a rollout.
         agreement (`torch.Tensor` of the same shape): Signed share of the push on which they agree.
@@ -113,6 +122,7 @@ def compute_advantages(
     whitening: str | None = "token",
     whitening_shift_mean: bool = True,
     scale_rewards: str = "group",
+    estimator: Callable[..., torch.Tensor] | None = None,
 ) -> AdvantageBreakdown:
     """
     Advantages of a generation batch under several rewards: GDPO, GD²PO-Hard or GD²PO-SNR, depending on the settings.
@@ -151,12 +161,19 @@ def compute_advantages(
         scale_rewards (`str`, *optional*, defaults to `"group"`):
             Divisor of each reward's deviation from its group mean: the standard deviation of its group, of the batch,
             or `"none"`.
+        estimator (`Callable`, *optional*):
+            Takes the place of the sum over the rewards: `(per_reward, num_generations, ...)` to a floating tensor
+            `(B,)`. A first parameter called `rewards` gets the raw rewards, NaN where unscored, in the place of
+            `per_reward`. Further parameters are given by name: `rewards`, `per_reward`, `reward_weights`,
+            `token_counts`, `conflict` and `agreement`. Filter, consensus weight and whitening apply to what it
+            returns; its value for a rollout that no reward scored is not used.
 
     Returns:
         [`AdvantageBreakdown`]
 
     Raises:
-        `ValueError`: for a wrong shape or setting, naming it and what is allowed.
+        `ValueError`: for a wrong shape or setting, naming it and what is allowed, and for an estimator that fails or
+            returns anything but one finite number per rollout.
 
     Example:
 
@@ -191,6 +208,7 @@ def compute_advantages(
     by_group = (batch_size // num_generations, num_generations)
     values = rewards.to(dtype).reshape(*by_group, num_rewards).permute(2, 1, 0).contiguous()
     per_reward, scored = _normalize(values, scale_rewards)
+    weights = torch.ones(num_rewards, dtype=dtype, device=device)
     if reward_weights is not None:
         weights = torch.as_tensor(reward_weights, dtype=dtype, device=device)
         if weights.shape != (num_rewards,):
@@ -211,6 +229,17 @@ def compute_advantages(
         counts = counts.view(by_group).t().contiguous()
         conflict = conflict & (counts > 0)
     kept = scored & survives_filter(conflict, agreement, conflict_filter, snr_threshold)
+    if estimator is not None:
+        by_rollout = {"conflict": conflict, "agreement": agreement, "scored": scored, "token_counts": counts}
+        combined = _estimate(
+            estimator,
+            per_reward.permute(2, 1, 0).reshape(batch_size, num_rewards),
+            num_generations,
+            rewards=rewards.to(dtype).clone(),
+            reward_weights=weights.clone(),
+            **{name: value.t().reshape(batch_size).clone() for name, value in by_rollout.items()},
+        )
+        combined = combined.view(by_group).t()
 
     kept_per_group = kept.sum(0, dtype=dtype)
     scored_per_group = scored.sum(0, dtype=dtype)
@@ -235,6 +264,45 @@ def compute_advantages(
         agreement=agreement.to(output_dtype).t().reshape(batch_size),
         consensus=consensus.to(output_dtype).t().reshape(batch_size),
     )
+
+
+def _estimate(
+    estimator: Callable[..., torch.Tensor],
+    per_reward: torch.Tensor,
+    num_generations: int,
+    *,
+    scored: torch.Tensor,
+    **inputs: torch.Tensor,
+) -> torch.Tensor:
+    """What an estimator of the user's own makes of the rewards, `(B,)`, checked; 0 for rollouts that none scored."""
+    unbound: Any = estimator
+    while isinstance(unbound, functools.partial):
+        unbound = unbound.func
+    name = f"The estimator '{getattr(unbound, '__name__', type(unbound).__name__)}'"
+    try:
+        parameters = list(inspect.signature(estimator).parameters.values())
+    except (TypeError, ValueError):  # some builtins have no signature
+        parameters = []
+    inputs["per_reward"] = per_reward
+    first = "rewards" if parameters and parameters[0].name == "rewards" else "per_reward"
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    named = {parameter.name for parameter in parameters[2:]}
+    further = {key: value for key, value in inputs.items() if key in named or (takes_all and key != first)}
+    try:
+        with torch.no_grad():
+            combined = estimator(inputs[first], num_generations, **further)
+    except Exception as error:
+        raise ValueError(f"{name} raised {type(error).__name__}: {' '.join(str(error).split())}") from error
+    if not isinstance(combined, torch.Tensor) or combined.shape != scored.shape or not combined.is_floating_point():
+        what = f"{combined.dtype} of shape {tuple(combined.shape)}" if isinstance(combined, torch.Tensor) else combined
+        raise ValueError(
+            f"{name} returned {what!s:.80}; it must return a floating tensor of shape {tuple(scored.shape)}, one "
+            "number per rollout."
+        )
+    combined = torch.where(scored, combined.to(per_reward), 0.0)
+    if bad := int((~combined.isfinite()).sum()):
+        raise ValueError(f"{name} returned {bad} numbers that are not finite, for {len(scored)} rollouts.")
+    return combined
 
 
 def _normalize(rewards: torch.Tensor, scale_rewards: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,7 +6,7 @@ from itertools import combinations
 
 import torch
 
-from .advantages import SIGN_EPS, AdvantageBreakdown
+from .advantages import SIGN_EPS, AdvantageBreakdown, survives_filter
 
 
 def pair_name(first: str, second: str) -> str:
@@ -84,7 +84,7 @@ def conflict_metrics(
     any_scored = group_scored.any()
     group_consensus = torch.where(group_scored, consensus, nan)
     conflict, agreement = breakdown.conflict, breakdown.agreement
-    true_conflict = conflict & (agreement.abs() < snr_threshold)
+    true_conflict = ~survives_filter(conflict, agreement, "snr", snr_threshold)
     metrics = {
         "conflict_ratio": conflict.sum() / num_scored,
         "kept_ratio": breakdown.kept.sum() / num_scored,
@@ -98,7 +98,7 @@ def conflict_metrics(
         "conflict_agreement/median": torch.where(conflict, agreement, torch.nan).nanmedian(),
         "true_conflict_ratio/of_conflicts": true_conflict.sum() / conflict.sum(),
         # Clamped, since rounding can leave it just below zero.
-        "cancellation": (1 - breakdown.combined.abs().sum() / push.sum()).clamp(min=0.0),
+        "cancellation": (1 - breakdown.per_reward.sum(1).abs().sum() / push.sum()).clamp(min=0.0),
         "frac_groups_without_signal": (~group_signal).float().mean(),
     }
     if len(reward_names) > 1:

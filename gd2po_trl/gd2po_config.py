@@ -1,9 +1,13 @@
 """Configuration of [`GD2POTrainer`]: what it adds to TRL's `GRPOConfig`, and the four methods as settings of it."""
 
+import copy
+import functools
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from trl import GRPOConfig
 
 from .advantages import (
@@ -20,6 +24,11 @@ from .schedules import read_weight_schedules
 from .update.budget import refuse_update_share
 from .update.rows import LOSS_DENOMINATORS
 
+
+if TYPE_CHECKING:
+    EstimatorOrPath = Callable[..., torch.Tensor] | str
+else:  # what a recipe and a command line can give
+    EstimatorOrPath = str
 
 # The four methods that one trainer covers. Every preset sets the same fields, so that switching leaves nothing behind.
 METHODS: dict[str, dict[str, Any]] = {
@@ -73,6 +82,12 @@ class GD2POConfig(GRPOConfig):
         whitening_shift_mean (`bool`, *optional*, defaults to `True`):
             Whether whitening also subtracts the mean. It gives rollouts of groups without signal a small non-zero
             advantage; `False` only scales, by the spread about 0.
+        estimator (`Callable`, `str` or `None`, *optional*, defaults to `None`):
+            What takes the place of the sum over the rewards: a function `(per_reward, num_generations, ...)`, see
+            [`compute_advantages`], or its dotted path. `None` is the sum. It has to give the same numbers on every
+            process and after a resume. A checkpoint keeps the name alone.
+        estimator_kwargs (`dict` or `None`, *optional*, defaults to `None`):
+            Keyword arguments of the estimator.
         reward_weight_schedules (`dict` or `None`, *optional*, defaults to `None`):
             Factors of `reward_weights` over the optimizer steps, by name of the reward: a number,
             `{"linear": {0: 0.0, 100: 1.0}}` or `{"steps": {0: 1.0, 100: 0.5}}`, constant beyond the last step. A
@@ -138,6 +153,13 @@ class GD2POConfig(GRPOConfig):
     whitening_shift_mean: bool = field(
         default=True, metadata={"help": "Whether whitening subtracts the mean, or only scales."}
     )
+    estimator: EstimatorOrPath | None = field(
+        default=None,
+        metadata={"help": "Dotted path of a function that takes the place of the sum over the rewards."},
+    )
+    estimator_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "Keyword arguments of the estimator (JSON on the command line)."}
+    )
     reward_weight_schedules: dict | str | None = field(
         default=None,
         metadata={
@@ -175,7 +197,7 @@ class GD2POConfig(GRPOConfig):
     eval_on_end: bool = field(default=False, metadata={"help": "Whether to evaluate after the last step as well."})
 
     def __post_init__(self):
-        for name in ("conflict_filter", "consensus_weighting", "whitening"):
+        for name in ("conflict_filter", "consensus_weighting", "whitening", "estimator"):
             # A command line has no null.
             if isinstance(getattr(self, name), str) and getattr(self, name).lower() in ("none", "null"):
                 setattr(self, name, None)
@@ -192,6 +214,7 @@ class GD2POConfig(GRPOConfig):
             self.multi_objective_aggregation,
             ("normalize_then_sum", "sum_then_normalize"),
         )
+        self._check_estimator()
         for name in (
             "whitening_shift_mean",
             "skip_zero_advantage_rows",
@@ -230,6 +253,48 @@ class GD2POConfig(GRPOConfig):
         super().__post_init__()
         check_choice("scale_rewards", self.scale_rewards, SCALE_REWARDS)
         refuse_update_share(self)
+
+    def _check_estimator(self) -> None:
+        self.estimator_kwargs = as_mapping("estimator_kwargs", self.estimator_kwargs) or None
+        if self.estimator is None:
+            if self.estimator_kwargs:
+                raise ValueError("`estimator_kwargs` is set and `estimator`, which they belong to, is not.")
+            return
+        if not isinstance(self.estimator, str) and not callable(self.estimator):
+            raise ValueError(f"`estimator` is {self.estimator!r}; it must be a function or its dotted path.")
+        if self.multi_objective_aggregation == "sum_then_normalize":
+            raise ValueError(
+                "`estimator` takes the place of the sum of normalized rewards, which `sum_then_normalize` (method "
+                "grpo) does not have: leave one of them out."
+            )
+
+    def estimator_name(self) -> str | None:
+        """The dotted path of the estimator, or what one of no module of its own is called."""
+        estimator: Any = self.estimator
+        while isinstance(estimator, functools.partial):
+            estimator = estimator.func
+        if estimator is None or isinstance(estimator, str):
+            return estimator
+        named = estimator if hasattr(estimator, "__qualname__") else type(estimator)
+        return f"{named.__module__}.{named.__qualname__}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """For trackers and `str`, as transformers', with the estimator by its name."""
+        return {**super().to_dict(), "estimator": self.estimator_name()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # For the `training_args.bin` of a checkpoint: not every function can be pickled.
+        return {**self.__dict__, "estimator": self.estimator_name()}
+
+    def __copy__(self) -> "GD2POConfig":  # which would take the state from above
+        copied = object.__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "GD2POConfig":
+        copied = copy.copy(self)
+        copied.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return copied
 
     @classmethod
     def from_grpo_config(cls, config: GRPOConfig) -> "GD2POConfig":

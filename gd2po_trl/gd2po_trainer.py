@@ -18,6 +18,7 @@ from .collapse import CollapseWatch, collapse_statistics
 from .completions_table import fill_missing_columns
 from .datasets.prompts import opened_thoughts
 from .diagnostics import conflict_metrics, nothing_learned
+from .estimators import load_estimator
 from .gd2po_config import METHODS, GD2POConfig
 from .preflight import check_before_loading, check_reward_names, check_trainable
 from .reward_guard import RewardError, RewardGuard, SilentRewards
@@ -108,6 +109,7 @@ class GD2POTrainer(PatchedGRPOTrainer):
         super().__init__(model, reward_funcs, args, *positional, **kwargs)
         check_trainable(self.model)
         check_reward_names(self.reward_func_names)
+        self._estimator = load_estimator(args.estimator, args.estimator_kwargs)
         self._weight_schedules = read_weight_schedules(args.reward_weight_schedules)
         check_weight_schedules(self._weight_schedules, self.reward_func_names, self.reward_weights.tolist())
 
@@ -209,6 +211,7 @@ class GD2POTrainer(PatchedGRPOTrainer):
             whitening=self.args.whitening,
             whitening_shift_mean=self.args.whitening_shift_mean,
             scale_rewards=self.scale_rewards,
+            estimator=self._estimator,
         )
         if is_decoupled:
             local = output["advantages"]

@@ -15,6 +15,9 @@ METHOD_TITLES = {"grpo": "GRPO", "gdpo": "GDPO", "gd2po_hard": "GD²PO-Hard", "g
 SETTINGS = (
     "multi_objective_aggregation",
     "scale_rewards",
+    "estimator",
+    "estimator_kwargs",
+    "reward_weight_schedules",
     "conflict_filter",
     "snr_threshold",
     "consensus_weighting",
@@ -34,7 +37,7 @@ SETTINGS = (
 def method_title(args: GD2POConfig) -> str:
     """Name of the method that the settings of `args` amount to, "a variant of ..." where they refine a preset."""
     for name, preset in METHODS.items():
-        if all(getattr(args, key) == value for key, value in preset.items()):
+        if args.estimator is None and all(getattr(args, key) == value for key, value in preset.items()):
             return METHOD_TITLES[name]
     decoupled = args.multi_objective_aggregation == "normalize_then_sum"
     if not decoupled:
@@ -65,7 +68,8 @@ def training_section(
     rewards = "\n".join(
         f"| `{name}` | {weight:g} |" for name, weight in zip(reward_names, reward_weights, strict=True)
     )
-    settings = "\n".join(f"| `{name}` | `{getattr(args, name)}` |" for name in SETTINGS)
+    values = {**vars(args), "estimator": args.estimator_name()}
+    settings = "\n".join(f"| `{name}` | `{values[name]}` |" for name in SETTINGS)
     return (
         "## Rewards and method\n\n"
         f"Trained with {method_title(args)} by `gd2po_trl` "

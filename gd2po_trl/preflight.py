@@ -9,6 +9,7 @@ from torch import nn
 from .completions_table import is_table_column
 from .datasets.prompts import check_prompts_render
 from .errors import UsageError
+from .estimators import check_estimator, load_estimator
 from .reward_guard import name_of, refused_arguments, required_arguments, takes_no_kwargs
 from .schedules import check_weight_schedules, read_weight_schedules
 
@@ -50,6 +51,10 @@ def check_before_loading(arguments: dict[str, Any]) -> None:
         check_weight_schedules(
             read_weight_schedules(args.reward_weight_schedules), list(_names(reward_funcs)), weights
         )
+    estimator = load_estimator(args.estimator, args.estimator_kwargs)
+    if estimator is not None:
+        num_rewards = 2 if adds_rewards else len(list(_names(reward_funcs)))
+        check_estimator(estimator, num_rewards, args.num_generations)
     functions = [func for func in reward_funcs if not isinstance(func, (str, nn.Module))]
     _check_size(dataset, args)
     evaluation = arguments.get("eval_dataset")

@@ -21,6 +21,7 @@ examples:
   gd2po compare --config recipe.yaml --seeds 5 --learning-rates 3e-4 1e-3 3e-3 --ranges correctness=-3:3 format=0:1
   gd2po compare --config recipe.yaml --methods gdpo --seeds 5 \\
     --variant snr_0.4 gd2po_snr snr_threshold=0.4 --variant snr_0.6 gd2po_snr snr_threshold=0.6
+  gd2po compare --config recipe.yaml --methods gdpo gd2po_trl.estimators.rvpo my_estimators.minimum
 """
 
 
@@ -80,7 +81,12 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--config", type=Path, required=True, metavar="RECIPE", help="the recipe to train")
-    parser.add_argument("--methods", nargs="*", metavar="METHOD", help="presets to train (default: all four)")
+    parser.add_argument(
+        "--methods",
+        nargs="*",
+        metavar="METHOD",
+        help="presets, or dotted paths of estimators (default: all four presets)",
+    )
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="train with seeds 1 to N (default: 5)")
     parser.add_argument(
         "--set", nargs="+", default=[], action="extend", metavar="KEY=VALUE", help="recipe keys, for every run"

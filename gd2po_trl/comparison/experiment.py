@@ -11,7 +11,7 @@ from ..errors import UsageError
 from .curves import Curves, read_curves
 from .results import Results, evaluate
 from .running import Outcome, Run, launched_processes, run_all, train_command
-from .variants import LADDER, MATCHED_WHITENING, Variant, check_variants, option_words
+from .variants import LADDER, MATCHED_WHITENING, Variant, check_variants, make_variant, option_words
 
 
 if TYPE_CHECKING:
@@ -53,7 +53,9 @@ def compare(
 
     Args:
         config (`str` or `Path`): The recipe.
-        methods (sequence of `str`, *optional*): Presets to train. All four by default.
+        methods (sequence of `str`, *optional*):
+            What to train: presets, and dotted paths of estimators, each trained in the place of GDPO's sum under the
+            name of the function. All four presets by default.
         seeds (`int`, *optional*, defaults to 5): Trains with seeds 1 to this.
         settings (mapping, *optional*): Recipe keys for every run, such as `{"max_steps": 20}`.
         variants (mapping of mappings, *optional*):
@@ -83,10 +85,10 @@ def compare(
     """
     from ..gd2po_config import METHODS
 
-    chosen = [Variant(method, method) for method in (METHODS if methods is None else methods)]
+    chosen = [make_variant(method) for method in (METHODS if methods is None else methods)]
     for name, keys in (variants or {}).items():
         own = dict(keys)
-        chosen.append(Variant(name, str(own.pop("method", "")), option_words(own, f"variant '{name}'")))
+        chosen.append(make_variant(str(own.pop("method", "")), name, option_words(own, f"variant '{name}'")))
     experiment = Experiment(
         config=Path(config),
         variants=chosen + list(MATCHED_WHITENING if match_whitening else ()),
@@ -132,6 +134,7 @@ class Experiment:
     caption: str = ""
 
     def __post_init__(self):
+        from ..estimators import load_estimator
         from ..recipe import load_recipe
 
         self._check()
@@ -144,6 +147,8 @@ class Experiment:
             variant.name: load_recipe(self.config, (*self.overrides, *variant.overrides, "--method", variant.method))
             for variant in self.variants
         }
+        for recipe in self.recipes.values():
+            load_estimator(recipe.training.estimator, recipe.training.estimator_kwargs)
         _check_recipes(self.recipes, measure=self.measure)
         first, *others = self.recipes
         labels = self.recipes[first].arguments.reward_funcs

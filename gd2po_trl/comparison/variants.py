@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import UsageError
 from ..recipe.values import without_secrets
+from ..rewards.user_code import as_dotted_path
 
 
 MASK = "***"
@@ -64,7 +65,7 @@ def make_variants(
     The variants that a command line asks for.
 
     Args:
-        methods (sequence of `str`): Presets, each a variant of its own name.
+        methods (sequence of `str`): As in [`make_variant`].
         extra (sequence of sequences of `str`): Further variants as `[name, method, "key=value", ...]`.
         match_whitening (`bool`): Whether to add `MATCHED_WHITENING`.
         known_methods (sequence of `str`): Valid methods.
@@ -72,15 +73,30 @@ def make_variants(
     Raises:
         [`UsageError`]: for an unknown method, or a name that is used twice or cannot be a folder's.
     """
-    variants = [Variant(method, method) for method in methods]
+    variants = [make_variant(method) for method in methods]
     for words in extra:
         if len(words) < 2:
             raise UsageError(f"--variant {' '.join(words)}: give a name, a method and key=value settings.")
-        variants.append(Variant(words[0], words[1], parse_settings(words[2:], "--variant")))
+        variants.append(make_variant(words[1], words[0], parse_settings(words[2:], "--variant")))
     if match_whitening:
         variants += MATCHED_WHITENING
     check_variants(variants, known_methods)
     return variants
+
+
+def make_variant(method: str, name: str | None = None, overrides: tuple[str, ...] = ()) -> Variant:
+    """
+    A variant of a preset or, for the dotted path of an estimator, of GDPO with that in the place of its sum.
+
+    Args:
+        method (`str`): Preset, or path such as `"gd2po_trl.estimators.rvpo"`.
+        name (`str`, *optional*): By default the preset's, or the last word of the path.
+        overrides (`tuple[str, ...]`): Options of `gd2po train`.
+    """
+    path = as_dotted_path(method)
+    if path is None:
+        return Variant(name or method, method, overrides)
+    return Variant(name or path.rpartition(".")[2], "gdpo", ("--estimator", path, *overrides))
 
 
 def check_variants(variants: Sequence[Variant], known_methods: Sequence[str]) -> None:
@@ -94,7 +110,10 @@ def check_variants(variants: Sequence[Variant], known_methods: Sequence[str]) ->
         raise UsageError("There is nothing to compare: name --methods or add a --variant.")
     for variant in variants:
         if variant.method not in known_methods:
-            raise UsageError(f"There is no method '{variant.method}'; choose from {', '.join(known_methods)}.")
+            raise UsageError(
+                f"There is no method '{variant.method}'; choose from {', '.join(known_methods)}, or give "
+                "an estimator's dotted path."
+            )
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", variant.name):
             raise UsageError(f"--variant: '{variant.name}' is no name; use letters, digits, '.', '_' and '-'.")
     names = [variant.name for variant in variants]

@@ -2,8 +2,8 @@
 Recipes: YAML files that describe a whole training run.
 
 A recipe is a flat mapping. Its keys are the fields of [`RecipeArguments`], [`GD2POConfig`] and TRL's `ModelConfig`,
-and `base`, the recipe or recipes that it builds upon. YAML is loaded safely; the one thing through which a recipe
-can run code is the dotted path of a reward function.
+and `base`, the recipe or recipes that it builds upon. YAML is loaded safely; the only things through which a recipe
+can run code are the dotted paths of reward functions and of an estimator.
 """
 
 import argparse

@@ -3,7 +3,6 @@
 import difflib
 import functools
 import inspect
-import re
 import warnings
 from collections.abc import Callable
 from importlib import import_module
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from .user_code import build_reward, import_reward, one_line
+from .user_code import build_object, import_object, is_dotted_path, one_line, path_of_file
 
 
 # Short name -> module and builder. A builder takes the keyword arguments of a recipe and returns a reward function.
@@ -27,10 +26,6 @@ BUILT_IN: dict[str, tuple[str, str]] = {
 # What a reward may have beside its call: `load()` reads weights or reaches a server, `unload()` gives the memory back,
 # `check_data(dataset, what)` finds rows that it could not score. All three are called before or between the calls.
 OPTIONAL_METHODS = ("load", "unload", "check_data")
-
-# What others write: my_rewards.py:brevity, ./rewards/my_rewards.py, my_rewards:brevity.
-_FILE_AND_FUNCTION = re.compile(r"([\w./\\-]+?)(?:\.py(?::(\w+))?|:(\w+))")
-_DOTTED_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
 
 def resolve_reward(label: str, kwargs: dict[str, Any] | None = None, *, beside: Path | None = None) -> Callable | str:
@@ -64,13 +59,9 @@ def resolve_reward(label: str, kwargs: dict[str, Any] | None = None, *, beside: 
         if "name" in inspect.signature(builder).parameters:
             # Reward models name themselves in their errors.
             kwargs.setdefault("name", label)
-        return _named(build_reward(builder, label, kwargs), label)
-    if match := _FILE_AND_FUNCTION.fullmatch(kind):
-        module = re.sub(r"[\\/]+", ".", match[1].removeprefix("./"))
-        raise UsageError(
-            f"The reward '{label}' is {kind}; name a function by the dotted path of its module: "
-            f"{module}.{match[2] or match[3] or 'NAME'}."
-        )
+        return _named(build_object(builder, f"The reward '{label}'", kwargs), label)
+    if path := path_of_file(kind):
+        raise UsageError(f"The reward '{label}' is {kind}; name a function by the dotted path of its module: {path}.")
     is_folder = kind != "" and Path(kind).expanduser().is_dir()
     if is_folder or kind.count("/") == 1:
         if kwargs:
@@ -79,10 +70,10 @@ def resolve_reward(label: str, kwargs: dict[str, Any] | None = None, *, beside: 
                 f"{', '.join(kwargs)} use `type: reward_model` with `model: {kind}`."
             )
         return _checked_classifier(str(Path(kind).expanduser()) if is_folder else kind, label)
-    if _DOTTED_PATH.fullmatch(kind):
-        target = import_reward(kind, label, beside)
+    if is_dotted_path(kind):
+        target = import_object(kind, f"The reward '{label}'", beside)
         if inspect.isclass(target) or kwargs:
-            target = build_reward(target, label, kwargs)
+            target = build_object(target, f"The reward '{label}'", kwargs)
         return _named(target, label)
     if Path(f"{kind}.py").is_file():
         raise UsageError(f"The reward '{label}' is {kind}, a file here; name a function in it, such as {kind}.NAME.")

@@ -1,11 +1,12 @@
-"""Rewards of the user's own: found by a dotted path, with the keyword arguments that a recipe gives them."""
+"""Functions of the user's own: found by a dotted path, with the keyword arguments that a recipe gives them."""
 
 import difflib
 import functools
 import inspect
+import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,19 +16,43 @@ from typing import Any
 from ..errors import UsageError
 
 
+_DOTTED_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
+# What others write: my_rewards.py:brevity, ./rewards/my_rewards.py, my_rewards:brevity.
+_FILE_AND_FUNCTION = re.compile(r"([\w./\\-]+?)(?:\.py(?::(\w+))?|:(\w+))")
+
 # What TRL itself passes to every reward function.
 TRL_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 
 
-def import_reward(path: str, label: str, beside: Path | None = None) -> Any:
+def is_dotted_path(text: str) -> bool:
+    """Whether `text` may be the dotted path of a function: words, and a dot between them."""
+    return _DOTTED_PATH.fullmatch(text) is not None
+
+
+def path_of_file(text: str) -> str | None:
+    """The dotted path that is meant by `folder/module.py:function`; `None` for text of another form."""
+    match = _FILE_AND_FUNCTION.fullmatch(text)
+    if match is None:
+        return None
+    module = re.sub(r"[\\/]+", ".", match[1].removeprefix("./"))
+    return f"{module}.{match[2] or match[3] or 'NAME'}"
+
+
+def as_dotted_path(text: str) -> str | None:
+    """The dotted path that `text` is, or as `folder/module.py:function` stands for; `None` if it is neither."""
+    path = path_of_file(text) or text
+    return path if is_dotted_path(path) else None
+
+
+def import_object(path: str, what: str, beside: Path | None = None) -> Any:
     """
     The function or class at a dotted path, from the current folder or an installed package.
 
     Args:
         path (`str`):
             Such as `"my_rewards.brevity"`.
-        label (`str`):
-            What the recipe calls the reward, for messages.
+        what (`str`):
+            How messages call it, such as `"The reward 'brevity'"`.
         beside (`Path`, *optional*):
             Folder of the recipe. A module there is not imported, but told from one that is nowhere.
 
@@ -38,7 +63,7 @@ def import_reward(path: str, label: str, beside: Path | None = None) -> Any:
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         # As with `python -m`, a module in the current folder can be named.
         sys.path.insert(0, str(Path.cwd()))
-    where = f"The reward '{label}' is {path}"
+    where = f"{what} is {path}"
     module = _import_module(path, module_name, where, beside)
     try:
         target = getattr(module, attribute)
@@ -53,20 +78,28 @@ def import_reward(path: str, label: str, beside: Path | None = None) -> Any:
     return target
 
 
-def build_reward(target: Any, label: str, kwargs: dict[str, Any]) -> Callable:
+def build_object(
+    target: Any, what: str, kwargs: dict[str, Any], reserved: Collection[str] = TRL_ARGUMENTS
+) -> Callable:
     """
     An instance of a class, or a function with its keyword arguments bound.
+
+    Args:
+        target (`Callable`): The class or function.
+        what (`str`): How messages call it.
+        kwargs (`dict`): The keyword arguments.
+        reserved (collection of `str`): Parameters of a function that its caller fills.
 
     Raises:
         [`UsageError`]: for an argument that `target` has no parameter for (`**kwargs`, which takes the columns of the
             data, does not count), or one that it refuses.
     """
-    _check_names(target, label, kwargs)
+    _check_names(target, what, kwargs, reserved)
     try:
         signature = inspect.signature(target)
         signature.bind(**kwargs) if inspect.isclass(target) else signature.bind_partial(**kwargs)
     except TypeError as error:
-        raise UsageError(f"The reward '{label}' does not take these keyword arguments: {error}.") from error
+        raise UsageError(f"{what} does not take these keyword arguments: {error}.") from error
     except ValueError:  # some builtins have no signature
         pass
     if not inspect.isclass(target):
@@ -77,9 +110,9 @@ def build_reward(target: Any, label: str, kwargs: dict[str, Any]) -> Callable:
         raise
     except BaseException as error:  # whatever the class does
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise UsageError(f"The reward '{label}': {kind}{one_line(error)}") from error
+        raise UsageError(f"{what}: {kind}{one_line(error)}") from error
     if not callable(instance):
-        raise UsageError(f"The reward '{label}' is a {target.__name__}, which has no `__call__` to score with.")
+        raise UsageError(f"{what} is a {target.__name__}, which has no `__call__`.")
     return instance
 
 
@@ -88,7 +121,7 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or "it says nothing"
 
 
-def _check_names(target: Any, label: str, kwargs: dict[str, Any]) -> None:
+def _check_names(target: Any, what: str, kwargs: dict[str, Any], reserved: Collection[str]) -> None:
     try:
         parameters = inspect.signature(target).parameters.values()
     except (TypeError, ValueError):  # some builtins have no signature
@@ -97,7 +130,7 @@ def _check_names(target: Any, label: str, kwargs: dict[str, Any]) -> None:
         parameter.name
         for parameter in parameters
         if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-        and (inspect.isclass(target) or parameter.name not in TRL_ARGUMENTS)
+        and (inspect.isclass(target) or parameter.name not in reserved)
     ]
     forwards = inspect.isclass(target) and any(item.kind is item.VAR_KEYWORD for item in parameters)
     for name in kwargs:
@@ -106,7 +139,7 @@ def _check_names(target: Any, label: str, kwargs: dict[str, Any]) -> None:
         if name in named or (forwards and not close):
             continue
         hint = f" Did you mean `{close[0]}`?" if close else f" It takes: {', '.join(named) or 'none'}."
-        raise UsageError(f"The reward '{label}' takes no keyword argument `{name}`.{hint}")
+        raise UsageError(f"{what} takes no keyword argument `{name}`.{hint}")
 
 
 def _import_module(path: str, module_name: str, where: str, beside: Path | None) -> ModuleType:

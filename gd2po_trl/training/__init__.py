@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoints import checkpoint_to_resume
 from ..datasets import load_dataset_by_name
 from ..errors import UsageError
+from ..estimators import load_estimator
 from ..packages import check_packages
 from ..recipe import Recipe
 from ..reward_guard import RewardError
@@ -59,8 +60,9 @@ def run_recipe(recipe: Recipe, *, callbacks: Sequence["TrainerCallback"] = ()) -
 
 
 def resolve_rewards(recipe: Recipe) -> list[Any]:
-    """The rewards of a recipe, as [`resolve_reward`] gives them."""
+    """The rewards of a recipe, as [`resolve_reward`] gives them; its estimator has to be there, too."""
     kwargs, beside = recipe.arguments.reward_kwargs, None if recipe.path is None else recipe.path.parent
+    load_estimator(recipe.training.estimator, recipe.training.estimator_kwargs, beside=beside)
     return [resolve_reward(label, kwargs.get(label), beside=beside) for label in recipe.arguments.reward_funcs]
 
 
