@@ -20,6 +20,7 @@ OUTPUT = Path(__file__).with_name("api.md")
 # Module -> its public names, in the order of the page.
 PUBLIC: dict[str, tuple[str, ...]] = {
     "gd2po_trl": ("GD2POTrainer", "GD2POConfig", "compute_advantages", "AdvantageBreakdown", "subsample_advantages"),
+    "gd2po_trl.estimators": ("rvpo", "soft_conflicts"),
     "gd2po_trl.diagnostics": ("conflict_metrics", "pair_conflicts"),
     "gd2po_trl.recipe": ("load_recipe", "Recipe", "RecipeArguments", "DatasetArguments"),
     "gd2po_trl.training": ("run_recipe",),

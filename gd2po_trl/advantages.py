@@ -233,7 +233,7 @@ def compute_advantages(
         by_rollout = {"conflict": conflict, "agreement": agreement, "scored": scored, "token_counts": counts}
         combined = _estimate(
             estimator,
-            per_reward.permute(2, 1, 0).reshape(batch_size, num_rewards),
+            per_reward.permute(2, 1, 0).reshape(batch_size, num_rewards).clone(),
             num_generations,
             rewards=rewards.to(dtype).clone(),
             reward_weights=weights.clone(),
