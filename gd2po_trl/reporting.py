@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .terminal import printable
+from .terminal import make_console, printable
 
 
 if TYPE_CHECKING:
@@ -93,6 +93,16 @@ def make_table(
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
     return table
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "") -> None:
+    """Print the table of [`make_table`]."""
+    make_console().print(make_table(title, columns, rows, caption))
+
+
+def decimals(value: float | None, digits: int) -> str:
+    """`value` with so many decimals; a dash for `None`."""
+    return "–" if value is None else f"{value:.{digits}f}"
 
 
 def percent(share: float) -> str:

@@ -6,13 +6,19 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
 from ..messages import Messages, text_of, written_text
-from .options import check_integer
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TRUNCATION_SIDES = ("left", "right")
+
+
+def check_integer(name: str, value: Any, minimum: int, of: str = "") -> None:
+    """Raise [`UsageError`] unless the option `name`, of a model, is a whole number of at least `minimum`."""
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    if not is_whole or value < minimum:
+        raise UsageError(f"{name}={value!r}{of} must be {f'at least {minimum}' if is_whole else 'a whole number'}.")
 
 
 def resolve_template(

@@ -15,10 +15,9 @@ from transformers.utils import logging
 from ..errors import UsageError
 from ..messages import Messages
 from ..reward_guard import RewardError
-from .conversation import ConversationEncoder, render_chat, resolve_template
+from .conversation import ConversationEncoder, check_integer, render_chat, resolve_template
 from .direction import check_direction, is_safe_rlhf, published_direction, resolve_direction
 from .loading import load_scoring_module, on_device, padding_token, read_config, scores_last_token
-from .options import check_integer, check_switch
 
 
 logger = logging.get_logger(__name__)
@@ -119,17 +118,20 @@ class RewardModel:
         self.model = str(Path(model).expanduser()) if str(model).startswith("~") else str(model)
         self.__name__ = name or self.model.rstrip("/").split("/")[-1]
         who = f"reward model {self.model!r}"
-        check_integer("batch_size", batch_size, 1, of=who)
+        check_integer("batch_size", batch_size, 1, of=f" of {who}")
         check_integer("max_length", max_length, 2)
         switches = {"batch_by_length": batch_by_length, "offload": offload, "self_check": self_check}
-        switches |= {"load_in_8bit": load_in_8bit, "load_in_4bit": load_in_4bit}
-        for switch, value in switches.items():
-            check_switch(switch, value, of=who)
-        _check_device(who, device)
+        for switch, value in {**switches, "load_in_8bit": load_in_8bit, "load_in_4bit": load_in_4bit}.items():
+            if not isinstance(value, bool):
+                raise UsageError(f"{switch}={value!r} of {who} must be true or false.")
+        try:
+            self.device = None if device is None else torch.device(device)
+        except (RuntimeError, TypeError) as error:
+            raise UsageError(f"device={device!r} of {who} must be a device such as cpu, cuda or cuda:1.") from error
         if nan not in NON_FINITE:
-            raise UsageError(f"nan={nan!r} of reward model {self.model!r} must be one of {', '.join(NON_FINITE)}.")
+            raise UsageError(f"nan={nan!r} of {who} must be one of {', '.join(NON_FINITE)}.")
         self.batch_size, self.batch_by_length, self.nan = batch_size, batch_by_length, nan
-        self.device, self.offload, self.self_check = device, offload, self_check
+        self.offload, self.self_check = offload, self_check
         self.attn_implementation, self.revision = attn_implementation, revision
         self.quantization = _quantization(self.model, load_in_8bit, load_in_4bit, offload)
         self.config = read_config(self.model, revision)
@@ -158,8 +160,11 @@ class RewardModel:
         """Loads the weights, if they are not loaded yet, and checks the direction."""
         if self._module is not None:
             return self
-        _check_device(f"reward model {self.model!r}", self.device, must_exist=True)
-        target = self._target_device()
+        target, count = self._target_device(), torch.cuda.device_count()
+        if target.type == "cuda" and (target.index or 0) >= count:
+            raise UsageError(
+                f"device={str(target)!r} of reward model {self.model!r}: there are {count} CUDA devices here."
+            )
         self._module = load_scoring_module(
             self.model,
             self.config,
@@ -255,7 +260,7 @@ class RewardModel:
 
     def _target_device(self) -> torch.device:
         if self.device is not None:
-            return torch.device(self.device)
+            return self.device
         # The state is not created here: that is the trainer's, which knows whether to use the CPU.
         if PartialState._shared_state:
             return PartialState().device
@@ -314,17 +319,6 @@ def _torch_dtype(dtype: str, config: Any, model: str) -> torch.dtype:
     if dtype not in named:
         raise UsageError(f"dtype={dtype!r} of reward model {model!r} must be one of {', '.join([*named, 'auto'])}.")
     return named[dtype]
-
-
-def _check_device(who: str, device: Any, *, must_exist: bool = False) -> None:
-    if device is None:
-        return
-    try:
-        chosen = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise UsageError(f"device={device!r} of {who} is no device; it is one like cpu, cuda or cuda:1.") from error
-    if must_exist and chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"device={device!r} of {who}: there are {torch.cuda.device_count()} CUDA devices here.")
 
 
 def _quantization(model: str, load_in_8bit: bool, load_in_4bit: bool, offload: bool) -> dict[str, Any] | None:

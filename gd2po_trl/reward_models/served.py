@@ -1,10 +1,10 @@
 """A reward model that another process or machine serves over HTTP."""
 
 import json
+import math
 import os
-import time
 import urllib.parse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import requests
@@ -14,17 +14,13 @@ from transformers import AutoConfig
 from ..errors import UsageError
 from ..messages import Messages
 from ..reward_guard import RewardError
-from .conversation import ConversationEncoder, render, resolve_template
+from .conversation import ConversationEncoder, check_integer, render, resolve_template
 from .direction import check_direction, resolve_direction
 from .in_process import NON_FINITE, finite_or, read_tokenizer
 from .loading import padding_token, scores_last_token
-from .options import check_integer, check_mapping, check_number
 
 
-# Answers are a few numbers per text; more than this is no answer of a reward model.
-_MAX_ANSWER_BYTES = 64 * 2**20
 _MAX_REDIRECTS = 5
-_REDIRECTIONS = (301, 302, 303, 307, 308)
 _RETRIED_STATUS = (408, 425, 429, 500, 502, 503, 504)
 
 
@@ -37,14 +33,6 @@ class _Retry(urllib3.Retry):
     def get_retry_after(self, response: Any) -> float | None:
         asked = super().get_retry_after(response)
         return None if asked is None else min(asked, self.backoff_max)
-
-
-class _TransientError(Exception):
-    """A failure that another attempt may not meet, and the answer that says so, if there was one."""
-
-    def __init__(self, reason: object, answer: Any = None):
-        super().__init__(reason)
-        self.answer = answer
 
 
 class RemoteScorer:
@@ -138,14 +126,18 @@ class RemoteScorer:
         self.url = parts._replace(path="/classify").geturl() if parts.path in ("", "/") else parts.geturl()
         self.__name__ = name or parts.netloc
         who = f"remote reward model {self.url}"
-        check_number(f"{who}: timeout", timeout, positive=True)
-        check_number(f"{who}: backoff", backoff)
+        for option, value in (("timeout", timeout), ("backoff", backoff)):
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            if not is_number or value < 0 or (option == "timeout" and value == 0):
+                allowed = "positive" if option == "timeout" else "a number, not negative"
+                raise UsageError(f"{who}: {option}={value!r} must be {allowed}.")
         check_integer(f"{who}: retries", retries, 0)
         check_integer(f"{who}: batch_size", batch_size, 1)
-        check_mapping(f"{who}: headers", headers)
-        check_mapping(f"{who}: extra_body", extra_body)
+        for option, value in (("headers", headers), ("extra_body", extra_body)):
+            if not isinstance(value, (Mapping, type(None))):  # not quoted, since headers may hold a token
+                raise UsageError(f"{who}: {option} is a {type(value).__name__}; it must be a mapping.")
         if nan not in NON_FINITE:
-            raise UsageError(f"nan={nan!r} of remote reward model {self.url} must be one of {', '.join(NON_FINITE)}.")
+            raise UsageError(f"nan={nan!r} of {who} must be one of {', '.join(NON_FINITE)}.")
         self.model = model
         self.sign, self.higher_is = resolve_direction(None, sign, higher_is, self.url)
         self.batch_size, self.timeout, self.retries, self.backoff = batch_size, timeout, retries, backoff
@@ -156,17 +148,13 @@ class RemoteScorer:
             requests.Request("POST", self.url, self.headers, json=self.extra_body).prepare()
         except requests.exceptions.InvalidHeader:
             # Not quoted, since it may hold a token.
-            raise UsageError(
-                f"remote reward model {self.url}: a header is no text, or holds a line break or a space in front."
-            ) from None
+            raise UsageError(f"{who}: a header is no text, or holds a line break or a space in front.") from None
         except (requests.RequestException, ValueError, TypeError) as error:
-            raise UsageError(
-                f"remote reward model {self.url}: no request can be made with this url and extra_body: {error}"
-            ) from error
+            raise UsageError(f"{who}: no request can be made with this url and extra_body: {error}") from error
         loaded = read_tokenizer(tokenizer) if tokenizer is not None else None
         if loaded is None and template == "chat":
             raise UsageError(
-                f"remote reward model {self.url}: template 'chat' needs tokenizer, the folder or Hub id of the "
+                f"{who}: template 'chat' needs tokenizer, the folder or Hub id of the "
                 "reward model's tokenizer. Or set template to a text with {prompt} and {response}."
             )
         self.template = resolve_template(template, loaded, self.url)
@@ -218,85 +206,60 @@ class RemoteScorer:
         return finite_or(scores, self.sign, self.nan, f"remote reward model '{self.__name__}' ({self.url})")
 
     def _ask(self, inputs: list) -> list[float | None]:
-        body = {**({"model": self.model} if self.model else {}), "input": inputs, **self.extra_body}
+        body = json.dumps(
+            {**({"model": self.model} if self.model else {}), "input": inputs, **self.extra_body}
+        ).encode()
         retry = _Retry(self.retries, backoff_factor=self.backoff, allowed_methods=None)
         while True:
             try:
-                return list(self._scores(self._post(json.dumps(body).encode()), len(inputs)))
-            except _TransientError as error:
-                try:
-                    retry = retry.increment("POST", self.url, response=error.answer)
-                except urllib3.exceptions.MaxRetryError:
-                    raise RewardError(
-                        f"remote reward model '{self.__name__}' gave no answer in {self.retries + 1} attempts: "
-                        f"{error}. Is {self.url} up? If it is only slow, raise timeout or lower batch_size."
-                    ) from error
-                retry.sleep(error.answer)
+                response = self._post(body)
+                if response.status_code not in _RETRIED_STATUS:
+                    return list(self._scores(response, len(inputs)))
+                reason, raw = f"status {response.status_code}: {_start_of(response)}", response.raw
+            except requests.Timeout:
+                reason, raw = f"no answer within {self.timeout:g} seconds", None
+            except requests.RequestException as error:
+                reason, raw = str(error), None
+            try:
+                retry = retry.increment("POST", self.url, response=raw)
+            except urllib3.exceptions.MaxRetryError as error:
+                raise RewardError(
+                    f"remote reward model '{self.__name__}' gave no answer in {self.retries + 1} attempts: {reason}. "
+                    f"Is {self.url} up? If it is only slow, raise timeout or lower batch_size."
+                ) from error
+            retry.sleep(raw)
 
-    def _post(self, body: bytes) -> bytes:
-        deadline = time.monotonic() + self.timeout
-        url = self.url
-        try:
-            for _ in range(_MAX_REDIRECTS + 1):
-                with self._session.post(
-                    url, data=body, headers=self.headers, timeout=self.timeout, allow_redirects=False, stream=True
-                ) as response:
-                    if response.status_code in _REDIRECTIONS:
-                        url = self._redirected(url, response.headers.get("Location", ""))
-                        continue
-                    answer = self._read(response.raw, deadline)
-                    self._check_status(response, answer)
-                    return answer
-        # Of `urllib3` too, since the answer is read from its response.
-        except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
-            timed_out = isinstance(error, (requests.Timeout, urllib3.exceptions.TimeoutError, TimeoutError))
-            raise _TransientError(f"no answer within {self.timeout:g} seconds" if timed_out else error) from error
-        except ValueError as error:  # requests looks at the target of a redirection
-            raise RewardError(
-                f"remote reward model '{self.__name__}': {url} redirects to what is no URL ({error})."
-            ) from error
-        raise RewardError(
-            f"remote reward model '{self.__name__}': {self.url} redirects more than {_MAX_REDIRECTS} times."
-        )
+    def _post(self, body: bytes) -> requests.Response:
+        """The answer, after redirections, which requests would follow by another method or without the body."""
+        url, who = self.url, f"remote reward model '{self.__name__}'"
+        for _ in range(_MAX_REDIRECTS + 1):
+            try:
+                response = self._session.post(
+                    url, data=body, headers=self.headers, timeout=self.timeout, allow_redirects=False
+                )
+                if not response.is_redirect:
+                    return response
+                target = urllib.parse.urljoin(url, response.headers["Location"])
+                is_same = _server(target) == _server(url)
+            except requests.RequestException:
+                raise
+            except ValueError as error:  # of the target, also within requests
+                raise RewardError(f"{who}: {url} redirects to what is no URL ({error}).") from error
+            if not is_same:
+                raise RewardError(
+                    f"{who}: {url} redirects to another server, {target}. If you trust it, set url to it."
+                )
+            url = target
+        raise RewardError(f"{who}: {self.url} redirects more than {_MAX_REDIRECTS} times.")
 
-    def _redirected(self, url: str, location: str) -> str:
-        try:
-            target = urllib.parse.urljoin(url, location)
-            is_same = _server(target) == _server(url)
-        except ValueError:  # no URL, or a port that cannot be
-            target, is_same = location, False
-        if not is_same:
+    def _scores(self, response: requests.Response, expected: int) -> Iterator[float]:
+        if response.status_code >= 300:
             raise RewardError(
-                f"remote reward model '{self.__name__}': {url} redirects to another server, {target}. If you trust "
-                "it, set url to it."
+                f"remote reward model '{self.__name__}': {self.url} refused the request with status "
+                f"{response.status_code}: {_start_of(response)}"
             )
-        return target
-
-    def _read(self, raw: Any, deadline: float) -> bytes:
-        answer = bytearray()
-        # The socket's timeout starts anew with every byte, so a server that drips is cut off here.
-        while chunk := raw.read1(2**16, decode_content=True):
-            answer += chunk
-            if time.monotonic() > deadline:
-                raise TimeoutError
-            if len(answer) > _MAX_ANSWER_BYTES:
-                raise RewardError(f"remote reward model '{self.__name__}': the answer of {self.url} does not end.")
-        return bytes(answer)
-
-    def _check_status(self, response: requests.Response, answer: bytes) -> None:
-        if response.status_code < 300:
-            return
-        reason = answer[:500].decode(errors="replace").strip()
-        if response.status_code in _RETRIED_STATUS:
-            raise _TransientError(f"status {response.status_code}: {reason}", response.raw)
-        raise RewardError(
-            f"remote reward model '{self.__name__}': {self.url} refused the request with status "
-            f"{response.status_code}: {reason}"
-        )
-
-    def _scores(self, answer: bytes, expected: int) -> Iterator[float]:
         try:
-            items = json.loads(answer)["data"]
+            items = json.loads(response.content)["data"]
             if len(items) != expected:
                 raise ValueError(f"{len(items)} scores for {expected} texts")
             by_index = sorted(items, key=lambda item: item["index"])
@@ -307,8 +270,12 @@ class RemoteScorer:
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
             raise RewardError(
                 f"remote reward model '{self.__name__}': the answer of {self.url} is not that of a reward model "
-                f"({error!r}): {answer[:200]!r}"
+                f"({error!r}): {response.content[:200]!r}"
             ) from error
+
+
+def _start_of(response: requests.Response) -> str:
+    return response.content[:500].decode(errors="replace").strip()
 
 
 def _server(url: str) -> tuple[str, str | None, int | None]:

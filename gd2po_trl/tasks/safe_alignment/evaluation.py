@@ -21,7 +21,7 @@ from ...errors import UsageError
 from ...evaluation.intervals import win_rate
 from ...evaluation.predictions import EvalRow
 from ...evaluation.scoring import SUM, compute_scores, resolve_rewards  # noqa: F401 (the evaluation in one place)
-from ...evaluation.tables import print_table
+from ...reporting import decimals, print_table
 
 
 PROTOCOLS = ("all", "reference")
@@ -168,11 +168,11 @@ def print_results(results: dict[str, Any]) -> None:
     compared = any("win_rate" in entry for entry in datasets.values())
     lines, notes = [], []
     for name, entry in datasets.items():
-        means = [_number(entry["mean"][label]) for label in labels]
+        means = [decimals(entry["mean"][label], 4) for label in labels]
         rows = entry["rows_reference" if results["protocol"] == "reference" else "rows"]
         lines.append([name, *means, str(rows), str(entry["cut_off"])])
         if compared:
-            lines.append(["  baseline", *(_number(entry["baseline_mean"][label]) for label in labels), "", ""])
+            lines.append(["  baseline", *(decimals(entry["baseline_mean"][label], 4) for label in labels), "", ""])
         if entry["rows_reference"] < entry["rows"]:
             notes.append(_note_on_repeated_prompts(name, entry, results["protocol"]))
         if entry["missing"]:
@@ -184,26 +184,17 @@ def print_results(results: dict[str, Any]) -> None:
         f"Means per data set, protocol {results['protocol']}",
         ["", *labels, "rows", "cut off"],
         lines,
-        "\n".join(notes) or None,
+        "\n".join(notes),
     )
 
     if compared:
-        lines = []
-        for name, entry in datasets.items():
-            cells = []
-            for label in labels:
-                win = entry["win_rate"][label]
-                low, high = win["interval"]
-                cells.append(
-                    "-" if win["rate"] is None else f"{100 * win['rate']:.1f} ({100 * low:.1f} to {100 * high:.1f})"
-                )
-            lines.append([name, *cells])
+        lines = [[name, *(_cell(entry["win_rate"][label]) for label in labels)] for name, entry in datasets.items()]
         print_table("Win rate against the baseline in % (95 % interval)", ["", *labels], lines)
 
     for name, entry in datasets.items():
         if "by_category" in entry:
             lines = [
-                [category, *(_number(means[label]) for label in labels), str(means["rows"])]
+                [category, *(decimals(means[label], 4) for label in labels), str(means["rows"])]
                 for category, means in entry["by_category"].items()
             ]
             print_table(f"{name} by harm category", ["", *labels, "rows"], lines)
@@ -211,10 +202,11 @@ def print_results(results: dict[str, Any]) -> None:
 
 def _note_on_repeated_prompts(name: str, entry: dict[str, Any], protocol: str) -> str:
     other, rows = ("reference", entry["rows_reference"]) if protocol == "all" else ("all_rows", entry["rows"])
-    means = ", ".join(f"{label} {_number(value)}" for label, value in entry[f"mean_{other}"].items())
+    means = ", ".join(f"{label} {decimals(value, 4)}" for label, value in entry[f"mean_{other}"].items())
     rule = "leaves out prompts that occur more than once" if protocol == "all" else "averages every row"
     return f"{name}: --protocol {'reference' if protocol == 'all' else 'all'} {rule}: {means} over {rows} rows."
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
+def _cell(win: dict[str, Any]) -> str:
+    low, high = win["interval"]
+    return "–" if win["rate"] is None else f"{100 * win['rate']:.1f} ({100 * low:.1f} to {100 * high:.1f})"

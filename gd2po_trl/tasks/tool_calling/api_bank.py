@@ -28,8 +28,8 @@ from typing import Any
 from ...errors import UsageError
 from ...evaluation.intervals import wilson_interval
 from ...evaluation.predictions import EvalRow, prefill_of
-from ...evaluation.tables import print_table
 from ...messages import continued
+from ...reporting import decimals, print_table
 from .text_format import (
     parse_calls,
     parse_gold,
@@ -289,12 +289,18 @@ def print_results(results: dict[str, Any]) -> None:
     lines = []
     for name, summary in {**summaries, "overall": results["overall"]}.items():
         low, high = summary["accuracy_interval"]
-        accuracy = "-" if summary["accuracy"] is None else f"{summary['accuracy']:.2f} ({low:.1f} to {high:.1f})"
-        form = "-" if summary["format"] is None else f"{summary['format']:.2f}"
-        length = "-" if summary["length"] is None else f"{summary['length']:.4f}"
-        words = "-" if summary["think_words"] is None else f"{summary['think_words']:.1f}"
-        counts = [f"{summary['correct']}/{summary['scored']}", str(summary["cut_off"])]
-        lines.append([name, accuracy, form, length, words, *counts])
+        lines.append(
+            [
+                name,
+                decimals(summary["accuracy"], 2) + (f" ({low:.1f} to {high:.1f})" if summary["scored"] else ""),
+                *(
+                    decimals(summary[key], digits)
+                    for key, digits in (("format", 2), ("length", 4), ("think_words", 1))
+                ),
+                f"{summary['correct']}/{summary['scored']}",
+                str(summary["cut_off"]),
+            ]
+        )
     notes = {
         "strict": ["The published scorer's defects are mended; --protocol reference is comparable with its figures."],
         "reference": ["Comparable with published figures."],
@@ -302,5 +308,5 @@ def print_results(results: dict[str, Any]) -> None:
     if missing := results["overall"]["missing"]:
         effect = "count as wrong" if results["protocol"] == "strict" else "are left out of the accuracy"
         notes.append(f"{missing} rows without a completion {effect}.")
-    columns = ["", "accuracy %\n(95 % interval)", "format\n%", "length\n0 to 1", "think\nwords", "correct", "cut off"]
+    columns = ["", "accuracy % (95 % interval)", "format %", "length 0 to 1", "think words", "correct", "cut off"]
     print_table(f"API-Bank, protocol {results['protocol']}", columns, lines, "\n".join(notes))

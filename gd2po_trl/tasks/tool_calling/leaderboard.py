@@ -7,7 +7,7 @@ from typing import Any
 
 from ...errors import UsageError
 from ...evaluation.predictions import RESULTS_FILE, write_atomically
-from ...evaluation.tables import print_table
+from ...reporting import decimals, print_table
 
 
 LEADERBOARD_FILE = "leaderboard.json"
@@ -79,21 +79,15 @@ def write_and_print(runs: dict[str, dict[str, Any]], output: str | Path | None) 
         lines = []
         for name, entry in entries.items():
             overall = entry["overall"]
-            accuracies = [_cell(entry.get(level, {}).get("accuracy"), 2) for level in levels]
-            others = [_cell(overall["format"], 2), _cell(overall["length"], 4), _cell(overall["think_words"], 1)]
-            lines.append([name, _cell(overall["accuracy"], 2), *accuracies, *others])
-        columns = [
-            "",
-            "accuracy\n%",
-            *(f"level {level}\n%" for level in levels),
-            "format\n%",
-            "length",
-            "think\nwords",
-        ]
+            accuracies = [decimals(entry.get(level, {}).get("accuracy"), 2) for level in levels]
+            others = [
+                decimals(overall["format"], 2),
+                decimals(overall["length"], 4),
+                decimals(overall["think_words"], 1),
+            ]
+            lines.append([name, decimals(overall["accuracy"], 2), *accuracies, *others])
+        of_levels = [f"level {level} %" for level in levels]
+        columns = ["", "accuracy %", *of_levels, "format %", "length", "think words"]
         print_table(f"API-Bank, protocol {protocol}", columns, lines)
     if output is not None:
         print(f"Leaderboard: {output}")
-
-
-def _cell(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
