@@ -45,6 +45,15 @@ A killed run goes on where it stopped when the command is repeated. The folder -
 scores.jsonl and results.json."""
 
 
+BFCL = """\
+Greedy completions for the single-turn questions of the Berkeley Function-Calling Leaderboard, version 4, in ToolRL's
+prompt, and result files for its own checker. Nothing is scored here: the package bfcl-eval, which carries the
+questions, does that in an environment of its own; the command is printed at the end.
+
+A killed run goes on where it stopped when the command is repeated. The folder --output then holds predictions.jsonl,
+result/ and results.json."""
+
+
 LEADERBOARD = """\
 The API-Bank evaluations in some folders and below, by overall accuracy: accuracy per level, format, length and words
 of thought. One table for each protocol, as their figures cannot be compared."""
@@ -133,6 +142,17 @@ def _parser() -> argparse.ArgumentParser:
         choices=("strict", "reference"),
         default="strict",
         help="reference is comparable with published figures, strict mends their defects (default: strict)",
+    )
+
+    task = add_task("bfcl", _bfcl, "tool calling on BFCL, scored by bfcl-eval", BFCL)
+    _add_common(task, max_new_tokens=4096, max_prompt_tokens=None)
+    task.add_argument("--data", required=True, metavar="FOLDER", help="bfcl_eval/data of an installed bfcl-eval")
+    task.add_argument("--categories", metavar="NAMES", help="comma-separated (default: all of a single turn)")
+    task.add_argument("--limit", type=int, metavar="N", help="first N questions of each category (default: all)")
+    task.add_argument(
+        "--prompts",
+        metavar="PATH",
+        help="rows of rlla_4k, whose system prompt is used with BFCL's tools in it (default: those of the Hub)",
     )
 
     task = add_task("safe-alignment", _safe_alignment, "helpfulness and harmlessness", SAFE_ALIGNMENT)
@@ -337,6 +357,18 @@ def _api_bank(arguments: argparse.Namespace) -> int:
     predictions, source = _predict(arguments, rows)
     results, scores = api_bank.score_predictions(rows, predictions, arguments.protocol)
     return _report(arguments, api_bank, {**results, **source}, scores)
+
+
+def _bfcl(arguments: argparse.Namespace) -> int:
+    from ..tasks.tool_calling import bfcl
+
+    if (folder := _output(arguments)) is None:
+        raise UsageError("--predictions needs --output, where the result files go.")
+    categories = arguments.categories.split(",") if arguments.categories else bfcl.CATEGORIES
+    rows = bfcl.load_rows(arguments.data, categories, arguments.limit, arguments.prompts)
+    predictions, source = _predict(arguments, rows)
+    results, scores = bfcl.write_result_files(rows, predictions, folder)
+    return _report(arguments, bfcl, {**results, **source}, scores)
 
 
 def _safe_alignment(arguments: argparse.Namespace) -> int:
