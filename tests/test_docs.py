@@ -189,7 +189,7 @@ def test_commands_parse(block, tmp_path, monkeypatch):
         elif words[:3] == ["uv", "tool", "run"]:
             assert_gd2po_parses(words[words.index("gd2po") + 1 :], tmp_path, monkeypatch)
         else:
-            assert program in ("cd", "git", "vllm", "python", "python3", "source", "pre-commit"), words
+            assert program in ("cd", "git", "bfcl", "vllm", "python", "python3", "source", "pre-commit"), words
 
 
 def assert_pip_or_pytest(words: list[str]) -> None:
