@@ -1,7 +1,7 @@
 """Estimators beside the sum: two examples, and how a recipe's `estimator` becomes a function."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ def soft_conflicts(
 
 
 def load_estimator(
-    estimator: Any, kwargs: Mapping[str, Any] | None = None, *, beside: Path | None = None
+    estimator: Any, kwargs: Any = None, *, beside: Path | None = None
 ) -> Callable[..., torch.Tensor] | None:
     """
     The function that the setting `estimator` stands for, with its keyword arguments.

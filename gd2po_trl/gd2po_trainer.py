@@ -64,6 +64,7 @@ class GD2POTrainer(PatchedGRPOTrainer):
     """
 
     reward_funcs: list[Any]
+    reward_weights: torch.Tensor
     _buffered_inputs: Any
 
     _tag_names = ["trl", "gd2po"]
