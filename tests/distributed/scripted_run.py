@@ -21,7 +21,13 @@ CONFIGURATIONS = {
     "groups_of_8": {"num_generations": 8},
     "one_group": {"num_generations": 24},
     "groups_of_8_all_rows": {"num_generations": 8, "skip_zero_advantage_rows": False},
-    "budget": {"num_generations": 8, "conflict_filter": None, "update_share": 0.4},
+    "budget": {
+        "num_generations": 8,
+        "conflict_filter": None,
+        "update_share": 0.4,
+        "estimator": "gd2po_trl.estimators.rvpo",
+        "reward_weight_schedules": {"spread_bytes": {"linear": {0: 0.5, 4: 1.0}}},
+    },
     # A group over two processes, or over three; every rollout has a gradient, and a reference is asked for.
     "groups_of_12_lora": {
         "num_generations": 12,
