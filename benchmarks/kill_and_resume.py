@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 from tiny import letters_dataset, low_bytes, save_tiny_policy, spread_bytes, tiny_args
 
 from gd2po_trl import GD2POTrainer
-from gd2po_trl.checkpoints import checkpoint_to_resume, find_damage
+from gd2po_trl.run_log import checkpoint_to_resume, find_damage
 
 
 # The child processes are forks, so that none pays for the imports again.

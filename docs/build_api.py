@@ -39,7 +39,7 @@ PUBLIC: dict[str, tuple[str, ...]] = {
     "gd2po_trl.analysis": ("analyze", "analyze_rewards", "Report", "VerdictCallback"),
     "gd2po_trl.analysis.diagnosis": ("Finding", "Recommendation"),
     "gd2po_trl.comparison": ("compare",),
-    "gd2po_trl.checkpoints": ("checkpoint_to_resume", "find_damage"),
+    "gd2po_trl.run_log": ("checkpoint_to_resume", "find_damage"),
     "gd2po_trl.errors": ("UsageError",),
 }
 # Its signature is every field of TRL's config.

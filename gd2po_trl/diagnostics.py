@@ -1,6 +1,7 @@
 """How far the rewards of a generation batch disagree: statistics for the trainer and for `gd2po analyze`."""
 
 import math
+from collections import deque
 from collections.abc import Sequence
 from itertools import combinations
 
@@ -112,30 +113,117 @@ def conflict_metrics(
 
 def nothing_learned(batches: int, conflict_ratio: float, masked_ratio: float, masks_truncated: bool) -> str:
     """
-    What to say where no rollout has an advantage.
+    The warning for generation batches in which all advantages are zero, with the likely cause.
 
     Args:
-        batches (`int`): Generation batches in a row without one.
+        batches (`int`): Such generation batches in a row.
         conflict_ratio (`float`): Share of the last batch's rollouts on which the rewards conflict; NaN if none scored.
         masked_ratio (`float`): Share of the last batch's rollouts without a token to train.
         masks_truncated (`bool`): Whether completions that were cut off are masked.
     """
-    start = f"No rollout of {batches} generation batch(es) in a row has an advantage: nothing is learned from them. "
-    masked = "None of the last one's completions has a token to train"
+    last = "generation batch, so it" if batches == 1 else f"{batches} generation batches, so they"
+    parts = [f"All advantages were zero in the last {last} gave no gradient."]
+    if masked_ratio < 1 and math.isnan(conflict_ratio):
+        parts.append("No reward scored any completion.")
+    elif masked_ratio < 1:
+        parts.append(
+            f"The rewards disagree on {conflict_ratio:.0%} of the rollouts. Where they do, `conflict_filter='snr'` "
+            "with a low `snr_threshold` keeps more of them; where they do not, all rollouts of a prompt have the same "
+            "rewards."
+        )
     if masks_truncated and masked_ratio > 0:
-        share = "All" if masked_ratio == 1 else f"{masked_ratio:.0%}"
-        masked = (
-            f"{share} of the last one's completions were cut off and `mask_truncated_completions` masks them: raise "
-            "`max_completion_length`, or turn `mask_truncated_completions` off"
+        parts.append(
+            f"{'All' if masked_ratio == 1 else f'{masked_ratio:.0%}'} of the completions were cut off, and "
+            "`mask_truncated_completions` masks them: raise `max_completion_length`, or turn "
+            "`mask_truncated_completions` off."
         )
-    if masked_ratio == 1:
-        return f"{start}{masked}."
-    if math.isnan(conflict_ratio):
-        cause = "No reward scored any of them."
-    else:
-        cause = (
-            f"The rewards disagree on {conflict_ratio:.0%} of the last one. Where they conflict, "
-            "`conflict_filter='snr'` with a low `snr_threshold` keeps more rollouts; where they do not, no reward "
-            "tells the rollouts of a prompt apart."
-        )
-    return f"{start}{cause} {masked}." if masks_truncated and masked_ratio > 0 else f"{start}{cause}"
+    elif masked_ratio == 1:
+        parts.append("No completion has a token to train.")
+    return " ".join(parts)
+
+
+# A reward that falls because a filter drops what would raise it
+
+# Generation batches that a fall is judged over.
+WINDOW = 20
+# The trend of a falling reward is this many standard errors below 0. Batches have other prompts each, so a reward's
+# mean goes up and down; at this distance chance explains 1 of 2,500 windows.
+STEEPNESS = 4.0
+# Share of the rollouts that would raise the reward above which it counts as kept from learning.
+DROPPED_SHARE = 0.5
+
+
+def collapse_statistics(
+    rewards: torch.Tensor, breakdown: AdvantageBreakdown, reward_weights: torch.Tensor
+) -> torch.Tensor:
+    """
+    What [`CollapseWatch`] needs to know of a generation batch, without waiting for the device.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(B, K)`):
+            Rewards, NaN where a function did not score the rollout.
+        breakdown ([`AdvantageBreakdown`]):
+            What [`compute_advantages`] made of them.
+        reward_weights (`torch.Tensor` of shape `(K,)`):
+            Weights; a reward of negative weight is meant to fall, and one of weight 0 is nobody's aim.
+
+    Returns:
+        `torch.Tensor` of shape `(3, K)`, float32: mean of each reward, its sign turned where the weight is negative
+        (NaN where nothing was scored or the weight is 0), the rollouts that would raise it, and those of them that the
+        filter dropped.
+    """
+    raising = breakdown.per_reward > SIGN_EPS
+    dropped = raising & ~breakdown.kept.unsqueeze(1)
+    means = torch.where(reward_weights == 0, torch.nan, rewards.nanmean(0) * reward_weights.sign())
+    return torch.stack([means.float(), raising.sum(0).float(), dropped.sum(0).float()])
+
+
+class CollapseWatch:
+    """
+    Notices, once per run, a reward whose mean falls over `window` generation batches while most of the rollouts that
+    would raise it are dropped. It remembers the last batches only, so that a resumed run starts to watch anew.
+
+    Args:
+        reward_names (sequence of `str`): Names of the K rewards.
+        window (`int`, *optional*, defaults to `20`): Generation batches that a fall is judged over.
+    """
+
+    def __init__(self, reward_names: Sequence[str], window: int = WINDOW):
+        self.reward_names = list(reward_names)
+        self.window = window
+        self.batches: deque[Sequence[Sequence[float]]] = deque(maxlen=window)
+        self.has_warned = False
+
+    def update(self, statistics: Sequence[Sequence[float]]) -> str | None:
+        """A warning if the signature shows after this batch's [`collapse_statistics`], as lists; else `None`."""
+        self.batches.append(statistics)
+        if self.has_warned or len(self.batches) < self.window:
+            return None
+        means, raising, dropped = zip(*self.batches, strict=True)
+        for index, name in enumerate(self.reward_names):
+            values = [batch[index] for batch in means]
+            would_raise = sum(batch[index] for batch in raising)
+            share = sum(batch[index] for batch in dropped) / max(would_raise, 1)
+            if share > DROPPED_SHARE and falls(values):
+                self.has_warned = True
+                size = len(values) // 4
+                before, after = math.fsum(values[:size]) / size, math.fsum(values[-size:]) / size
+                return (
+                    f"The reward '{name}' falls: its mean went from {before:.3g} to {after:.3g} over the last "
+                    f"{len(values)} generation batches, while {share:.0%} of the rollouts that would have raised it "
+                    "were dropped because another reward disagrees. A reward cannot be learned from what is dropped: "
+                    "train with `conflict_filter: null` (method gdpo), and with `update_share` if the update is to "
+                    "stay cheap."
+                )
+        return None
+
+
+def falls(values: Sequence[float]) -> bool:
+    """Whether the least-squares trend of `values` is more than `STEEPNESS` standard errors below 0."""
+    from scipy.stats import linregress
+
+    if len(values) < 3 or any(math.isnan(value) for value in values):
+        return False
+    trend = linregress(range(len(values)), values)
+    # The last term is rounding: a constant reward does not fall.
+    return -trend.slope > STEEPNESS * trend.stderr + 1e-9 * max(map(abs, values))

@@ -14,16 +14,15 @@ from torch import nn
 from trl import GRPOConfig
 
 from .advantages import AdvantageBreakdown, compute_advantages
-from .collapse import CollapseWatch, collapse_statistics
-from .completions_table import fill_missing_columns
 from .datasets.prompts import opened_thoughts
-from .diagnostics import conflict_metrics, nothing_learned
+from .diagnostics import CollapseWatch, collapse_statistics, conflict_metrics, nothing_learned
+from .errors import RewardError
 from .estimators import load_estimator
 from .gd2po_config import METHODS, GD2POConfig
 from .preflight import check_before_loading, check_reward_names, check_trainable
-from .reward_guard import RewardError, RewardGuard, SilentRewards
+from .reward_guard import RewardGuard, SilentRewards
 from .schedules import check_weight_schedules, read_weight_schedules, weights_at
-from .trl_workarounds import PatchedGRPOTrainer
+from .trl_workarounds import PatchedGRPOTrainer, fill_missing_columns
 from .update.budget import UpdateBudget, budget_metrics, refuse_update_share, trainable_advantages
 from .update.rows import loss_mask
 from .update.runner import Update

@@ -1,16 +1,21 @@
-"""Mistakes in the arguments of a trainer that TRL would only notice after loading models, or not at all."""
+"""Mistakes that would only show after a model is loaded, or never: in a trainer's arguments, its data and packages."""
 
-from collections.abc import Iterable, Iterator
+import copy
+import difflib
+import importlib.util
+import inspect
+from collections.abc import Collection, Iterable
 from typing import Any
 
+import torch
 from datasets import Dataset, IterableDataset
 from torch import nn
 
-from .completions_table import is_table_column
 from .datasets.prompts import check_prompts_render
 from .errors import UsageError
 from .estimators import check_estimator, load_estimator
 from .reward_guard import name_of, refused_arguments, required_arguments, takes_no_kwargs
+from .run_log import is_table_column
 from .schedules import check_weight_schedules, read_weight_schedules
 
 
@@ -21,53 +26,68 @@ OUR_REWARD_ARGUMENTS = ("prefill",)
 # Columns that TRL itself hands to reward functions under another name.
 UNPASSED_COLUMNS = ("prompt", "completion", "completion_ids")
 
+# The arguments of a trainer
+
 
 def check_before_loading(arguments: dict[str, Any]) -> None:
-    """Find mistakes in the arguments of `GRPOTrainer`, by name, that it would only notice after loading models."""
+    """
+    Find mistakes in the arguments of `GRPOTrainer` that it would only notice after loading models.
+
+    Args:
+        arguments (`dict`):
+            Keyword arguments of the trainer; those that are left out are not checked.
+
+    Raises:
+        `ValueError`: for the first mistake.
+    """
     reward_funcs, args = arguments.get("reward_funcs"), arguments["args"]
-    dataset = arguments.get("train_dataset")
+    dataset, evaluation = arguments.get("train_dataset"), arguments.get("eval_dataset")
     adds_rewards = arguments.get("environment_factory") is not None
     adds_columns = adds_rewards or arguments.get("rollout_func") is not None
-    if reward_funcs is None:
-        reward_funcs = []
-    elif not isinstance(reward_funcs, list):
-        reward_funcs = [reward_funcs]
+    if not isinstance(reward_funcs, list):
+        reward_funcs = [] if reward_funcs is None else [reward_funcs]
     if not reward_funcs and not adds_rewards:
-        raise ValueError(
-            "No reward source provided: `reward_funcs` is empty. Give at least one reward function, reward model or "
-            "model id."
-        )
+        raise ValueError("`reward_funcs` is empty: give at least one reward function, reward model or model id.")
     for index, func in enumerate(reward_funcs):
         if not isinstance(func, (str, nn.Module)) and not callable(func):
             raise ValueError(f"`reward_funcs[{index}]` is {func!r}; it must be a function, a reward model or its id.")
-    check_reward_names(_names(reward_funcs))
+    functions = [func for func in reward_funcs if not isinstance(func, (str, nn.Module))]
+    names = [
+        func.rstrip("/").split("/")[-1] if isinstance(func, str) else name_of(func)
+        for func in reward_funcs
+        if not isinstance(func, nn.Module)
+    ]
+    check_reward_names(names)
     weights = args.reward_weights
     if weights is not None and not adds_rewards and len(weights) != len(reward_funcs):
         raise ValueError(
-            f"`reward_weights` has {len(weights)} entries and there are {len(reward_funcs)} reward functions; the "
-            "numbers must match. Give one weight for each, in their order."
+            f"`reward_weights` has {len(weights)} entries for {len(reward_funcs)} reward functions; give one for each."
         )
     if not adds_rewards:
-        check_weight_schedules(
-            read_weight_schedules(args.reward_weight_schedules), list(_names(reward_funcs)), weights
-        )
+        check_weight_schedules(read_weight_schedules(args.reward_weight_schedules), names, weights)
     estimator = load_estimator(args.estimator, args.estimator_kwargs)
     if estimator is not None:
-        num_rewards = 2 if adds_rewards else len(list(_names(reward_funcs)))
-        check_estimator(estimator, num_rewards, args.num_generations)
-    functions = [func for func in reward_funcs if not isinstance(func, (str, nn.Module))]
-    _check_size(dataset, args)
-    evaluation = arguments.get("eval_dataset")
+        check_estimator(estimator, 2 if adds_rewards else len(reward_funcs), args.num_generations)
+    if isinstance(dataset, Dataset):
+        needed = args.generation_batch_size // args.num_generations
+        if len(dataset) < needed:  # TRL leaves out a generation batch that is not full
+            raise ValueError(
+                f"The training dataset has {len(dataset)} prompts, and one generation batch needs {needed} different "
+                f"ones ({args.generation_batch_size} rollouts, {args.num_generations} of each). Add prompts, or lower "
+                "`per_device_train_batch_size`, `gradient_accumulation_steps` or `steps_per_generation`."
+            )
     if args.eval_on_end and evaluation is None:
         raise ValueError("`eval_on_end` is true and there is no `eval_dataset`; give one, or leave it out.")
-    named = evaluation if isinstance(evaluation, dict) else {"": evaluation}
-    check_data("training dataset", dataset, functions, adds_columns)
-    for name, eval_dataset in named.items():
-        what = f"evaluation dataset {name!r}" if name else "evaluation dataset"
-        check_data(what, eval_dataset, functions, adds_columns)
+    datasets = {"training dataset": dataset}
+    if isinstance(evaluation, dict):
+        datasets |= {f"evaluation dataset {name!r}": data for name, data in evaluation.items()}
+    else:
+        datasets["evaluation dataset"] = evaluation
+    for what, data in datasets.items():
+        check_data(what, data, functions, adds_columns)
     tokenizer = arguments.get("processing_class")
     if tokenizer is not None and not adds_columns and not arguments.get("tools"):  # TRL may set a template for tools
-        for data in (dataset, *named.values()):
+        for data in datasets.values():
             if isinstance(data, Dataset):
                 check_prompts_render(data, tokenizer, args.chat_template_kwargs)
 
@@ -113,39 +133,30 @@ def check_progress(steps: int) -> None:
     """
     if steps == 0:
         raise UsageError(
-            "Not one step was trained, so the model is what it was: the data ended before one batch was full, or "
+            "Not one step was trained, so the model did not change: the data ended before one batch was full, or "
             "`num_train_epochs` is 0."
         )
 
 
-def _names(reward_funcs: list[Any]) -> Iterator[str]:
-    for func in reward_funcs:
-        if isinstance(func, str):
-            yield func.rstrip("/").split("/")[-1]
-        elif not isinstance(func, nn.Module):
-            yield name_of(func)
-
-
-def _check_size(dataset: Any, args: Any) -> None:
-    """TRL leaves out a generation batch that is not full, and so all data where there is not enough for one."""
-    if not isinstance(dataset, Dataset):
-        return
-    needed = args.generation_batch_size // args.num_generations
-    if len(dataset) < needed:
-        raise ValueError(
-            f"The training dataset has {len(dataset)} prompts and one generation batch needs {needed} different ones "
-            f"({args.generation_batch_size} rollouts, {args.num_generations} of each), so that nothing would be "
-            "trained. Add prompts, or lower `per_device_train_batch_size`, `gradient_accumulation_steps` or "
-            "`steps_per_generation`."
-        )
+# Data
 
 
 def check_data(what: str, dataset: Any, functions: list[Any], adds_columns: bool) -> None:
     """
-    Find out whether a dataset has the columns that reward functions need, and none that TRL needs for itself.
+    Check that a dataset has the columns that reward functions need, and none that TRL needs for itself.
+
+    Args:
+        what (`str`):
+            How messages call the dataset.
+        dataset (`Dataset`, `IterableDataset` or `None`):
+            The data; `None` passes.
+        functions (`list`):
+            The reward functions.
+        adds_columns (`bool`):
+            Whether rollouts bring columns of their own, so that a missing one is no mistake.
 
     Raises:
-        `ValueError`: if not.
+        `ValueError`: for the first column that is missing, or that has a reserved name.
     """
     columns = _columns(what, dataset)
     if not columns:
@@ -192,3 +203,100 @@ def _columns(what: str, dataset: Any) -> list[str]:
             raise ValueError(f"The {what} has no rows.")
         return list(row)
     return dataset.column_names if isinstance(dataset, (Dataset, IterableDataset)) else []
+
+
+# Packages, optimizer and schedule
+
+
+def check_packages(training: Any) -> None:
+    """
+    Find a package that is missing, and options of optimizer, schedule or generation that do not exist.
+
+    Args:
+        training (`transformers.TrainingArguments`):
+            Settings of the run.
+
+    Raises:
+        [`UsageError`]: which names the key, and the package or the option.
+    """
+    from transformers import GenerationConfig
+
+    uses_vllm = getattr(training, "use_vllm", False)
+    if uses_vllm and importlib.util.find_spec("vllm") is None:
+        raise UsageError(
+            "`use_vllm` is true, and vLLM is not installed: `pip install -c constraints-vllm.txt '.[vllm]'` in a "
+            "clone of gd2po_trl, or set `use_vllm` to false, which is much slower."
+        )
+    if training.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
+        raise UsageError(
+            "`use_liger_kernel` is true, and it is not installed: `pip install liger-kernel`, or set it to false."
+        )
+    if not uses_vllm:  # which has other options
+        known = [*vars(GenerationConfig()), "generation_config"]
+        _check_keys("generation_kwargs", getattr(training, "generation_kwargs", None), known)
+    known = [*inspect.signature(torch.utils.checkpoint.checkpoint).parameters, "preserve_rng_state"]
+    _check_keys("gradient_checkpointing_kwargs", training.gradient_checkpointing_kwargs, known)
+    _check_trackers(training.report_to)
+    _check_schedule(training, _check_optimizer(training))
+
+
+def _check_keys(name: str, options: dict[str, Any] | None, known: Collection[str]) -> None:
+    for key in options or {}:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f" Did you mean `{close[0]}`?" if close else ""
+            raise UsageError(f"`{name}` holds `{key}`, which does not exist.{hint}")
+
+
+def _check_trackers(trackers: list[str]) -> None:
+    from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+
+    packages = {"azure_ml": "azureml-core", "comet_ml": "comet-ml", "flyte": "flytekit"}
+    for tracker in trackers:
+        if tracker not in INTEGRATION_TO_CALLBACK:
+            known = ", ".join([*INTEGRATION_TO_CALLBACK, "all", "none"])
+            raise UsageError(f"`report_to` names the tracker {tracker!r}; it may be {known}.")
+        package = packages.get(tracker, tracker)
+        module = package.replace("-", "_").partition("_core")[0]
+        if tracker not in get_available_reporting_integrations() and importlib.util.find_spec(module) is None:
+            raise UsageError(
+                f"`report_to` names {tracker}, which is not installed: `pip install {package}`, or `report_to: none`."
+            )
+
+
+def _check_optimizer(training: Any) -> torch.optim.Optimizer:
+    """The optimizer of a run over one parameter; plain SGD in the place of one that needs the policy's layers."""
+    from transformers import Trainer
+    from transformers.trainer_optimizer import is_optimizer_factory
+
+    parameters = [nn.Parameter(torch.zeros(1))]
+    keys = f"`optim: {getattr(training.optim, 'value', training.optim)}`"
+    if training.optim_args:
+        keys += f" with `optim_args: {training.optim_args}`"
+    try:
+        kind, kwargs = Trainer.get_optimizer_cls_and_kwargs(training)
+        options = [option for option in (training.optim_args or "").replace(" ", "").split(",") if option]
+        for option in options:
+            others = copy.copy(training)
+            others.optim_args = ",".join(other for other in options if other != option)
+            if (kind, kwargs) == Trainer.get_optimizer_cls_and_kwargs(others):
+                raise ValueError(f"{option} has no effect.")
+        return torch.optim.SGD(parameters) if is_optimizer_factory(kind) else kind(parameters, **kwargs)
+    except (ImportError, ValueError, TypeError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        if "pass a" in reason and "model" in reason:  # it is installed, and looks for layers by their names
+            return torch.optim.SGD(parameters)
+        raise UsageError(f"{keys} cannot be used: {reason}") from error
+
+
+def _check_schedule(training: Any, optimizer: torch.optim.Optimizer) -> None:
+    from transformers import get_scheduler
+
+    kind, kwargs = training.lr_scheduler_type, dict(training.lr_scheduler_kwargs or {})
+    try:
+        get_scheduler(kind, optimizer, 0, 100, scheduler_specific_kwargs=kwargs)
+    except (ValueError, TypeError) as error:
+        raise UsageError(
+            f"`lr_scheduler_type: {getattr(kind, 'value', kind)}` with `lr_scheduler_kwargs: {kwargs or None}` cannot "
+            f"be used: {' '.join(str(error).split())}"
+        ) from error

@@ -15,11 +15,8 @@ from typing import Any
 
 import torch
 
-from .completions_table import is_table_column
-
-
-class RewardError(RuntimeError):
-    """A reward function raised, left, hung, or returned something that is not one number or `None` per completion."""
+from .errors import RewardError
+from .run_log import is_table_column
 
 
 def own_frames(error: RewardError) -> str:

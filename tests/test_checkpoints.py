@@ -12,8 +12,8 @@ from peft import LoraConfig
 from tiny import letters_dataset, low_bytes, spread_bytes, tiny_args
 
 from gd2po_trl import GD2POTrainer
-from gd2po_trl.checkpoints import checkpoint_to_resume, find_damage
 from gd2po_trl.errors import UsageError
+from gd2po_trl.run_log import checkpoint_to_resume, find_damage
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import torch
 from tiny import letters_dataset, low_bytes, tiny_args
 
 from gd2po_trl import GD2POTrainer, compute_advantages
-from gd2po_trl.collapse import STEEPNESS, WINDOW, CollapseWatch, collapse_statistics, falls
+from gd2po_trl.diagnostics import STEEPNESS, WINDOW, CollapseWatch, collapse_statistics, falls
 
 
 NAMES = ["correctness", "length"]

@@ -15,7 +15,7 @@ from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_rep
 
 from gd2po_trl.cli import main
 from gd2po_trl.errors import UsageError
-from gd2po_trl.packages import check_packages
+from gd2po_trl.preflight import check_packages
 from gd2po_trl.recipe import load_recipe
 from gd2po_trl.training import run_recipe
 from gd2po_trl.training.sft import load_sft_recipe

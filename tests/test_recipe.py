@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from gd2po_trl.cli import main
 from gd2po_trl.cli.train import split_arguments
 from gd2po_trl.errors import UsageError
-from gd2po_trl.recipe import load_recipe, read_recipe_file
+from gd2po_trl.recipe import load_recipe
 from gd2po_trl.recipe.catalog import find_recipe, recipe_path
+from gd2po_trl.recipe.files import read_recipe_file
 from gd2po_trl.rewards import resolve_reward
 from gd2po_trl.training.sft import load_sft_recipe
 

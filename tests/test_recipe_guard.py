@@ -19,8 +19,9 @@ from trl import ModelConfig
 from gd2po_trl import GD2POConfig
 from gd2po_trl.cli import main
 from gd2po_trl.errors import UsageError
-from gd2po_trl.recipe import Recipe, RecipeArguments, load_recipe, read_recipe_file
+from gd2po_trl.recipe import Recipe, RecipeArguments, load_recipe
 from gd2po_trl.recipe.catalog import files_of, recipe_names, recipe_path, summary
+from gd2po_trl.recipe.files import read_recipe_file
 from gd2po_trl.reward_models.direction import published_direction, resolve_direction
 from gd2po_trl.training import run_recipe
 from gd2po_trl.training.resuming import write_resolved_recipe

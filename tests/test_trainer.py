@@ -362,8 +362,8 @@ def test_all_dropped_is_said(build, caplog):
     with caplog.at_level(logging.WARNING):
         trainer.train()
     assert trainer.state.global_step == 50 and not moved(trainer, before)
-    said = [record.message for record in caplog.records if "nothing is learned" in record.message]
-    assert len(said) == 2 and "10 generation batch(es)" in said[1] and "disagree on 100%" in said[0]
+    said = [record.message for record in caplog.records if "All advantages were zero" in record.message]
+    assert len(said) == 2 and "10 generation batches" in said[1] and "disagree on 100%" in said[0]
 
 
 # Bad rewards: one error that names the function

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from .._version import __version__
-from ..errors import UsageError
+from ..errors import RewardError, UsageError
 
 
 # Command -> what it does. Each is a module of this package with a function `main(argv) -> int`.
@@ -56,10 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         print(f"gd2po {command}: {str(error) or 'interrupted.'}", file=sys.stderr)
         return 130
-    except RuntimeError as error:
-        guard = sys.modules.get("gd2po_trl.reward_guard")
-        if guard is None or not isinstance(error, guard.RewardError):
-            raise
-        report = [f"gd2po {command}: {error}", guard.own_frames(error), *getattr(error, "__notes__", ())]
+    except RewardError as error:
+        from ..reward_guard import own_frames
+
+        report = [f"gd2po {command}: {error}", own_frames(error), *getattr(error, "__notes__", ())]
         print("\n".join(part for part in report if part), file=sys.stderr)
         return 1

@@ -2,8 +2,8 @@
 Recipes: YAML files that describe a whole training run.
 
 A recipe is a flat mapping. Its keys are the fields of [`RecipeArguments`], [`GD2POConfig`] and TRL's `ModelConfig`,
-and `base`, the recipe or recipes that it builds upon. YAML is loaded safely; the only things through which a recipe
-can run code are the dotted paths of reward functions and of an estimator.
+and `base`, the recipe or recipes that it builds upon. YAML is loaded safely: a recipe can run code only through the
+dotted paths of reward functions and of an estimator.
 """
 
 import argparse
@@ -11,11 +11,12 @@ import os
 import sys
 import typing
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from .arguments import DatasetArguments, RecipeArguments
 from .catalog import find_recipe
 from .files import merge_layers, read_recipe_file
 from .keys import suggestion
@@ -23,7 +24,6 @@ from .values import (
     NULL_MEANS,
     NULL_WORDS,
     accepted_types,
-    as_mapping,
     as_meant,
     check_ranges,
     check_value,
@@ -32,139 +32,7 @@ from .values import (
 )
 
 
-@dataclass
-class DatasetArguments:
-    r"""
-    What a recipe trains on.
-
-    Args:
-        dataset (`str`, *optional*, defaults to `"prompts"`):
-            Short name of a data set loader, a key of `gd2po_trl.datasets.DATASETS`.
-        dataset_path (`str` or `None`, *optional*):
-            Local file or folder, or Hub id; `None` is the loader's own Hub id.
-        dataset_split (`str` or `None`, *optional*):
-            Split to train on; `None` is the loader's own default.
-        dataset_kwargs (`dict` or `None`, *optional*):
-            Keyword arguments of the loader.
-    """
-
-    dataset: str = field(default="prompts", metadata={"help": "Short name of a data set loader."})
-    dataset_path: str | None = field(default=None, metadata={"help": "Local file or folder, or Hub id."})
-    dataset_split: str | None = field(default=None, metadata={"help": "Split to train on; null is the loader's own."})
-    dataset_kwargs: dict | str | None = field(default=None, metadata={"help": "Loader's keyword arguments (JSON)."})
-
-    def __post_init__(self):
-        self.dataset_kwargs = _loader_kwargs("dataset", self.dataset_kwargs)
-
-
-@dataclass
-class RecipeArguments(DatasetArguments):
-    r"""
-    What a recipe says beyond the trainer's and the model's own settings, and beyond [`DatasetArguments`].
-
-    Args:
-        method (`str` or `None`, *optional*):
-            `"grpo"`, `"gdpo"`, `"gd2po_hard"` or `"gd2po_snr"`: sets `multi_objective_aggregation`, `conflict_filter`
-            and `consensus_weighting`. A key of these beside it refines the preset.
-        eval_dataset, eval_dataset_path, eval_dataset_split, eval_dataset_kwargs:
-            The same as `dataset`, ... for the evaluation set; `eval_dataset=None` means none. The split defaults to
-            `"test"`. For several sets `eval_dataset` is a mapping of names, under which each is logged, to mappings:
-            `name` (of the loader, by default the set's name), `path`, `split` and the loader's keyword arguments.
-        max_prompt_tokens (`int` or `None`, *optional*):
-            Longest prompt, in tokens of the policy, chat template included.
-        long_prompts (`str`, *optional*, defaults to `"drop"`):
-            What happens to longer ones: `"drop"` the row, or `"truncate_left"` the prompt's text.
-        reward_funcs (`list[str]`):
-            One label per reward, under which it is logged: a built-in short name, a dotted path, or the id or folder
-            of a reward model; or any label for which `reward_kwargs` has a `type`.
-        reward_kwargs (`dict[str, dict]` or `None`, *optional*):
-            Keyword arguments per label; the key `type` says what the label stands for.
-        verdict_steps (`int` or `None`, *optional*):
-            After every so many optimizer steps, and at the end, log what `gd2po analyze` says of the rewards.
-    """
-
-    method: str | None = field(
-        default=None, metadata={"help": "grpo, gdpo, gd2po_hard or gd2po_snr: a preset of the trainer's fields."}
-    )
-    eval_dataset: dict | str | None = field(
-        default=None, metadata={"help": "Short name of the evaluation set's loader, or names and settings (JSON)."}
-    )
-    eval_dataset_path: str | None = field(default=None, metadata={"help": "Local file or folder, or Hub id."})
-    eval_dataset_split: str = field(default="test", metadata={"help": "Split to evaluate on."})
-    eval_dataset_kwargs: dict | str | None = field(default=None, metadata={"help": "Loader's keyword arguments."})
-    max_prompt_tokens: int | None = field(default=None, metadata={"help": "Longest prompt, in tokens."})
-    long_prompts: str = field(
-        default="drop", metadata={"help": "'drop' rows with longer prompts, or 'truncate_left' their text."}
-    )
-    reward_funcs: list[str] | None = field(default=None, metadata={"help": "One label per reward."})
-    reward_kwargs: dict | str | None = field(
-        default=None, metadata={"help": "Keyword arguments per reward label (JSON on the command line)."}
-    )
-    verdict_steps: int | None = field(
-        default=None, metadata={"help": "Log the verdict of `gd2po analyze` on the rewards every so many steps."}
-    )
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.eval_dataset_kwargs = _loader_kwargs("eval_dataset", self.eval_dataset_kwargs)
-        self._check_eval_datasets()
-        self.reward_kwargs = {
-            label: as_mapping(f"reward_kwargs.{label}", kwargs)
-            for label, kwargs in as_mapping("reward_kwargs", self.reward_kwargs).items()
-        }
-        if self.verdict_steps is not None and self.verdict_steps < 1:
-            raise UsageError(f"`verdict_steps` is {self.verdict_steps!r}; it must be at least 1, or null.")
-        if self.long_prompts not in ("drop", "truncate_left"):
-            raise UsageError(f"`long_prompts` is {self.long_prompts!r}; it must be 'drop' or 'truncate_left'.")
-        if self.max_prompt_tokens is not None and self.max_prompt_tokens < 1:
-            raise UsageError(f"`max_prompt_tokens` is {self.max_prompt_tokens}; it must be at least 1.")
-        if not self.reward_funcs:
-            raise UsageError("`reward_funcs` is missing: a recipe names at least one reward.")
-        for label in self.reward_funcs:
-            if not isinstance(label, str):
-                raise UsageError(
-                    f"`reward_funcs` holds {label!r}; it lists labels, and `reward_kwargs` says the rest."
-                )
-        if len(set(self.reward_funcs)) != len(self.reward_funcs):
-            raise UsageError(
-                "`reward_funcs` names a reward twice; give the second a label of its own and its `type` in "
-                "`reward_kwargs`."
-            )
-
-    def _check_eval_datasets(self) -> None:
-        if isinstance(self.eval_dataset, str) and not self.eval_dataset.lstrip().startswith("{"):
-            self.eval_dataset = None if self.eval_dataset.lower() in NULL_WORDS else self.eval_dataset
-            return
-        if self.eval_dataset is None:
-            return
-        self.eval_dataset = as_mapping("eval_dataset", self.eval_dataset)
-        for name, options in self.eval_dataset.items():
-            if not isinstance(name, str) or not name or not isinstance(options, dict):
-                raise UsageError(
-                    f"`eval_dataset` has {name!r}: {options!r}; it maps names to mappings such as "
-                    "{name: pku_saferlhf, split: test}, where {} is the loader of that name."
-                )
-        beside = [key for key in ("path", "kwargs") if getattr(self, f"eval_dataset_{key}")]
-        if beside:
-            raise UsageError(
-                f"`eval_dataset` is a mapping, and `eval_dataset_{beside[0]}` stands beside it: say it for each set, "
-                "in the mapping."
-            )
-
-    def eval_datasets(self) -> dict[str, dict[str, Any]]:
-        """
-        Name to arguments of [`~gd2po_trl.datasets.load_dataset_by_name`], for each evaluation set. The single one has
-        no name.
-        """
-        if self.eval_dataset is None:
-            return {}
-        if isinstance(self.eval_dataset, dict):
-            split = self.eval_dataset_split
-            return {name: {"name": name, "split": split, **options} for name, options in self.eval_dataset.items()}
-        where = {"path": self.eval_dataset_path, "split": self.eval_dataset_split}
-        return {
-            "": {"name": self.eval_dataset, **where, **as_mapping("eval_dataset_kwargs", self.eval_dataset_kwargs)}
-        }
+__all__ = ["DatasetArguments", "Recipe", "RecipeArguments", "load_recipe", "parse_recipe", "print_options"]
 
 
 @dataclass
@@ -239,31 +107,31 @@ def parse_recipe(
     source = f"recipe '{path}'"
     settings = read_recipe_file(find_recipe(path)) if path is not None else {}
     parser = _parser(kinds, command)
+    items = {item.name: item for kind in kinds for item in fields(kind)}
     hints = {name: hint for kind in kinds for name, hint in typing.get_type_hints(kind).items()}
-    defaults = {item.name: item.default for kind in kinds for item in fields(kind)}
     keys = {action.dest for action in parser._actions} - {"help"}
     for key in settings:
         if key not in keys:
-            other = "gd2po sft" if "reward_funcs" in keys else "gd2po train"
             if ("reward_funcs" in settings) != ("reward_funcs" in keys):
+                other = "gd2po sft" if "reward_funcs" in keys else "gd2po train"
                 raise UsageError(f"Unknown key `{key}` in {source}, which looks like one of `{other}`.")
             raise UsageError(f"Unknown key `{key}` in {source}.{suggestion(key, keys, command)}")
     refuse_remote_code(settings, source)
-    options = _options(list(overrides), kinds, command)
-    if options.get("eval_strategy") == "no":
-        # One option switches all evaluations of a recipe off.
+    options = _options(list(overrides), parser, command)
+    if options.get("eval_strategy") == "no":  # which alone switches all evaluations of a recipe off
         settings = {key: value for key, value in settings.items() if key not in ("eval_on_start", "eval_on_end")}
     settings = merge_layers(settings, options)
     missing = [key for key in ("model_name_or_path", "reward_funcs") if key in keys and not settings.get(key)]
     if path is None and missing:
         raise UsageError(
-            f"No recipe was given, and {' and '.join(f'`{key}`' for key in missing)} neither: `{command} RECIPE ...`."
+            f"No recipe was given, and no {' and no '.join(map('`{}`'.format, missing))}: `{command} RECIPE ...`."
         )
     if settings.get("method") is not None:
         settings = {**_method_preset(settings["method"]), **settings}
-    settings = {key: as_meant(key, value, defaults[key]) for key, value in settings.items()}
+    settings = {key: as_meant(key, value, items[key].default) for key, value in settings.items()}
     for key, value in settings.items():
-        check_value(key, value, hints[key], defaults[key], source)
+        check_value(key, value, hints[key], items[key].default, source)
+    parser = _parser(kinds, command)
     parser.set_defaults_with_config(**settings)
     values = vars(parser.parse_args([]))
     check_ranges({key: values[key] for key in settings})
@@ -273,18 +141,18 @@ def parse_recipe(
         raise
     except (ValueError, TypeError, ImportError, ArithmeticError, RuntimeError, OSError) as error:
         raise UsageError(" ".join(str(error).split())) from error
-    if parsed[-1].model_name_or_path is None:
+    model = parsed[-1]
+    if model.model_name_or_path is None:
         raise UsageError("`model_name_or_path` is missing: name the policy's folder or Hub id.")
-    parsed[-1].model_name_or_path = os.path.expanduser(parsed[-1].model_name_or_path)
+    model.model_name_or_path = os.path.expanduser(model.model_name_or_path)
     values = {key: value for part in reversed(parsed) for key, value in vars(part).items()}
     return parsed, without_secrets({key: _as_written(values[key], hints[key]) for key in sorted(settings)})
 
 
-def _options(words: list[str], kinds: Sequence[type], command: str) -> dict[str, Any]:
-    """The keys that a command line sets, with their values, as one more layer over the recipe."""
+def _options(words: list[str], parser: Any, command: str) -> dict[str, Any]:
+    """The keys that a command line sets, with their values, as one more layer over the recipe; changes `parser`."""
     if not words:
         return {}
-    parser = _parser(kinds, command)
     keys = {action.dest for action in parser._actions} - {"help"}
     for index, word in enumerate(words):
         name = word.lstrip("-\N{EN DASH}\N{EM DASH}").split("=", 1)[0].replace("-", "_")
@@ -295,11 +163,11 @@ def _options(words: list[str], kinds: Sequence[type], command: str) -> dict[str,
         elif not is_value and word.endswith((".yaml", ".yml")):
             raise UsageError(f"The recipe '{word}' comes first: `{command} {word} ...`.")
         elif not is_value and name in keys and (name != word.replace("-", "_") or "=" in word):
-            raise UsageError(f"'{word}' is no option of {command}. Did you mean `--{name}`, with two dashes?")
+            raise UsageError(f"'{word}' is not an option of {command}. Did you mean `--{name}`, with two dashes?")
     options = {option for action in parser._actions for option in action.option_strings}
     for index, word in enumerate(words):
         if word.startswith("--no_") and word not in options and word[5:] in keys:
-            words[index] = f"--{word[5:]}=false"  # argparse has it for what is true by default alone
+            words[index] = f"--{word[5:]}=false"  # argparse has --no_ for what is true by default only
     for action in parser._actions:
         action.default, action.required = argparse.SUPPRESS, False
     starts = [index for index, word in enumerate(words) if word.startswith("--")]
@@ -365,14 +233,6 @@ def _method_preset(method: Any) -> dict[str, Any]:
     if not isinstance(method, str) or method not in METHODS:
         raise UsageError(f"`method` is {method!r}; it must be one of {', '.join(METHODS)}.")
     return METHODS[method]
-
-
-def _loader_kwargs(dataset: str, value: Any) -> dict[str, Any]:
-    kwargs = as_mapping(f"{dataset}_kwargs", value)
-    for name in ("path", "split"):
-        if name in kwargs:
-            raise UsageError(f"`{dataset}_kwargs` holds `{name}`; that is the key `{dataset}_{name}`.")
-    return kwargs
 
 
 def _as_written(value: Any, hint: Any) -> Any:

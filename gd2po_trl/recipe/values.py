@@ -1,4 +1,4 @@
-"""The values of a recipe's keys: what YAML and the command line mean by them, and which are possible at all."""
+"""The values of a recipe's keys: what YAML and the command line mean by them, and which of them are possible."""
 
 import json
 import math
@@ -23,60 +23,40 @@ TYPE_NAMES = {
 NULL_MEANS = {"max_grad_norm": 0.0, "report_to": "none"}
 # Words for null in text: of YAML and JSON, of the command line, and of Python.
 NULL_WORDS = ("null", "none")
-# Their hints allow null, and nothing behind them does.
+# Their type hints allow null, and TRL fails with it.
 TAKES_NO_NULL = ("num_generations", "max_completion_length")
 
-_AT_LEAST_0: tuple[Callable[[float], bool], str] = (lambda value: value >= 0, "must not be negative")
-_AT_LEAST_1: tuple[Callable[[float], bool], str] = (lambda value: value >= 1, "must be at least 1")
-_POSITIVE: tuple[Callable[[float], bool], str] = (lambda value: value > 0, "must be positive")
-_SHARE: tuple[Callable[[float], bool], str] = (lambda value: 0 <= value <= 1, "must be between 0 and 1")
-_ABOVE_0_TO_1: tuple[Callable[[float], bool], str] = (lambda value: 0 < value <= 1, "must be above 0 and at most 1")
-_BELOW_1: tuple[Callable[[float], bool], str] = (lambda value: 0 <= value < 1, "must be at least 0 and below 1")
-
-# What neither TRL nor transformers refuses by name before the model is loaded, and some of it never.
-RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
-    "learning_rate": _AT_LEAST_0,
-    "weight_decay": _AT_LEAST_0,
-    "adam_beta1": _BELOW_1,
-    "adam_beta2": _BELOW_1,
-    "adam_epsilon": _AT_LEAST_0,
-    "warmup_steps": _AT_LEAST_0,
-    "num_train_epochs": _POSITIVE,
-    "max_steps": (
+# Numbers that neither TRL nor transformers refuses by name before the model is loaded, and some never.
+_RULES: tuple[tuple[Callable[[float], bool], str, str], ...] = (
+    (
+        lambda value: value >= 0,
+        "must not be negative",
+        "learning_rate weight_decay adam_epsilon warmup_steps dataloader_num_workers beta epsilon epsilon_high",
+    ),
+    (
+        lambda value: value >= 1,
+        "must be at least 1",
+        "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps generation_batch_size "
+        "steps_per_generation num_generations_eval num_iterations max_completion_length max_length max_prompt_tokens "
+        "verdict_steps lora_r vllm_tensor_parallel_size vllm_max_model_length",
+    ),
+    (
+        lambda value: value > 0,
+        "must be positive",
+        "num_train_epochs logging_steps save_steps eval_steps temperature repetition_penalty lora_alpha",
+    ),
+    (lambda value: 0 <= value <= 1, "must be between 0 and 1", "min_p top_entropy_quantile"),
+    (lambda value: 0 < value <= 1, "must be above 0 and at most 1", "top_p vllm_gpu_memory_utilization"),
+    (lambda value: 0 <= value < 1, "must be at least 0 and below 1", "adam_beta1 adam_beta2 lora_dropout"),
+    (lambda value: 0 <= value < 2**32, "must be between 0 and 2**32 - 1", "seed data_seed"),
+    (lambda value: value >= 0, "must be at least 1, or 0 (or -1) for off", "top_k"),
+    (
         lambda value: value == -1 or value >= 1,
         "must be at least 1, or -1 for as many as `num_train_epochs` asks",
+        "max_steps",
     ),
-    "per_device_train_batch_size": _AT_LEAST_1,
-    "per_device_eval_batch_size": _AT_LEAST_1,
-    "gradient_accumulation_steps": _AT_LEAST_1,
-    "generation_batch_size": _AT_LEAST_1,
-    "steps_per_generation": _AT_LEAST_1,
-    "num_generations_eval": _AT_LEAST_1,
-    "num_iterations": _AT_LEAST_1,
-    "max_completion_length": _AT_LEAST_1,
-    "max_length": _AT_LEAST_1,
-    "logging_steps": _POSITIVE,
-    "save_steps": _POSITIVE,
-    "eval_steps": _POSITIVE,
-    "dataloader_num_workers": _AT_LEAST_0,
-    "seed": (lambda value: 0 <= value < 2**32, "must be between 0 and 2**32 - 1"),
-    "data_seed": (lambda value: 0 <= value < 2**32, "must be between 0 and 2**32 - 1"),
-    "temperature": _POSITIVE,
-    "top_p": _ABOVE_0_TO_1,
-    "top_k": (lambda value: value >= 0, "must be at least 1, or 0 (or -1) for off"),
-    "min_p": _SHARE,
-    "repetition_penalty": _POSITIVE,
-    "beta": _AT_LEAST_0,
-    "epsilon": _AT_LEAST_0,
-    "epsilon_high": _AT_LEAST_0,
-    "top_entropy_quantile": _SHARE,
-    "lora_r": _AT_LEAST_1,
-    "lora_alpha": _POSITIVE,
-    "lora_dropout": _BELOW_1,
-    "vllm_gpu_memory_utilization": _ABOVE_0_TO_1,
-    "vllm_tensor_parallel_size": _AT_LEAST_1,
-    "vllm_max_model_length": _AT_LEAST_1,
-}
+)
+RANGES = {key: (is_possible, what) for is_possible, what, keys in _RULES for key in keys.split()}
 # Keys of `generation_kwargs` that are keys of a recipe too.
 GENERATION = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
@@ -206,7 +186,7 @@ _REMOTE_CODE = (
 
 
 def refuse_remote_code(settings: dict[str, Any], source: str) -> None:
-    """A file may come from anyone; what lets code of a model's repository in takes a word on the command line."""
+    """Refuse keys of a file, which may come from anyone, that would run code from a model's repository."""
     model_kwargs = as_mapping("model_init_kwargs", settings.get("model_init_kwargs"))
     places = {"": settings, "model_init_kwargs.": model_kwargs}
     for prefix, mapping in places.items():
@@ -224,7 +204,7 @@ _TOKENS_OF_THE_VOCABULARY = ("eos_token", "pad_token")
 
 
 def without_secrets(settings: Any) -> Any:
-    """`settings` without what would give an account away, in nested mappings and lists too."""
+    """`settings` without passwords, tokens and the like, in nested mappings and lists too."""
     if isinstance(settings, (list, tuple)):
         return [without_secrets(item) for item in settings]
     if not isinstance(settings, dict):

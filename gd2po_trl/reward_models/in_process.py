@@ -12,9 +12,8 @@ from accelerate import PartialState
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
-from ..errors import UsageError
+from ..errors import RewardError, UsageError
 from ..messages import Messages
-from ..reward_guard import RewardError
 from .conversation import ConversationEncoder, check_integer, render_chat, resolve_template
 from .direction import check_direction, is_safe_rlhf, published_direction, resolve_direction
 from .loading import load_scoring_module, on_device, padding_token, read_config, scores_last_token

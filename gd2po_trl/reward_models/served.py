@@ -11,9 +11,8 @@ import requests
 import urllib3
 from transformers import AutoConfig
 
-from ..errors import UsageError
+from ..errors import RewardError, UsageError
 from ..messages import Messages
-from ..reward_guard import RewardError
 from .conversation import ConversationEncoder, check_integer, render, resolve_template
 from .direction import check_direction, resolve_direction
 from .in_process import NON_FINITE, finite_or, read_tokenizer

@@ -8,14 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoints import checkpoint_to_resume
 from ..datasets import load_dataset_by_name
-from ..errors import UsageError
+from ..errors import RewardError, UsageError
 from ..estimators import load_estimator
-from ..packages import check_packages
+from ..preflight import check_packages, check_progress
 from ..recipe import Recipe
-from ..reward_guard import RewardError
 from ..rewards import load_reward, resolve_reward
+from ..run_log import checkpoint_to_resume
 from .policy import check_model, load_tokenizer, policy_arguments
 from .resuming import RESOLVED_RECIPE, RunRecord, only_run_in
 
@@ -149,8 +148,6 @@ def train_and_save(trainer: "Trainer", record: RunRecord, command: str) -> None:
             Which goes on with it after an error, such as `"gd2po train"`.
     """
     from transformers import TrainerCallback
-
-    from ..preflight import check_progress
 
     class Recorder(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):

@@ -13,11 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoints import checkpoint_to_resume
 from ..errors import UsageError
-from ..packages import check_packages
-from ..preflight import check_before_loading
+from ..preflight import check_before_loading, check_packages
 from ..recipe import Recipe
+from ..run_log import checkpoint_to_resume
 from . import _check_reward_kwargs, load_datasets, one_clear_error, resolve_rewards
 from .memory import Peak, PolicySize, activations_gb, meta_model, peak, policy_size, weight_bytes
 from .policy import check_model, load_tokenizer, model_init_kwargs, whole_model

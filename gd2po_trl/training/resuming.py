@@ -13,6 +13,7 @@ from ..errors import UsageError
 from ..recipe import Recipe
 from ..recipe.files import dump_recipe, read_recipe_file
 from ..recipe.values import plain
+from ..run_log import read_state
 
 
 logger = logging.getLogger(__name__)
@@ -175,8 +176,7 @@ def only_run_in(folder: str | Path) -> Iterator[None]:
 
 
 def _step_of(checkpoint: Path) -> int:
-    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    return int(state.get("global_step") or 0)
+    return int((read_state(checkpoint) or {}).get("global_step") or 0)
 
 
 def _read_history(folder: Path) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from ..datasets import load_dataset_by_name
 from ..datasets.prompts import render_conversations
 from ..datasets.sources import checked_prompt, is_empty, iterate_rows
 from ..errors import UsageError
-from ..packages import check_packages
+from ..preflight import check_packages
 from ..progress import RewardProgress
 from ..recipe import DatasetArguments, Recipe, parse_recipe
 from . import one_clear_error, prepared_output, train_and_save

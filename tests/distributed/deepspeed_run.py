@@ -16,7 +16,7 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env
 from scripted_run import CONFIGURATIONS, REWARDS, ScriptedRollouts, run
 from test_accelerate_configs import FILES, parsed
 
-from gd2po_trl.checkpoints import checkpoint_to_resume
+from gd2po_trl.run_log import checkpoint_to_resume
 
 
 # DeepSpeed finds the CPU by itself; told to use it, accelerate would not start DeepSpeed.

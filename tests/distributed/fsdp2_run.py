@@ -16,7 +16,7 @@ from scripted_run import CONFIGURATIONS, REWARDS, ScriptedRollouts, run
 from test_accelerate_configs import parsed
 from torch.distributed.tensor import DTensor
 
-from gd2po_trl.checkpoints import checkpoint_to_resume
+from gd2po_trl.run_log import checkpoint_to_resume
 
 
 def turn_on() -> None:
