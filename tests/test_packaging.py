@@ -60,6 +60,11 @@ def test_one_python_everywhere(path):
     assert named and set(named) == {oldest}
 
 
+def test_the_wheel_holds_every_package():
+    found = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "gd2po_trl").rglob("__init__.py")}
+    assert set(SETUP["options"]["packages"].split()) - {"gd2po_trl._recipes"} == found
+
+
 def test_workflow_covers_every_python_and_runs_what_exists():
     workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))
     pythons = re.findall(r"Python :: (3\.\d+)", SETUP["metadata"]["classifiers"])
