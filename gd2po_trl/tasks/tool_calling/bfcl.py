@@ -17,8 +17,8 @@ from typing import Any
 
 from ...errors import UsageError
 from ...evaluation.predictions import EvalRow, make_folder, prefill_of, write_atomically
-from ...evaluation.tables import print_table
 from ...messages import continued
+from ...reporting import print_table
 from .text_format import parse_calls, split_completion
 
 
