@@ -272,6 +272,7 @@ def test_training_with_it_and_resuming_bit_for_bit(build, tmp_path, estimator, m
 
 
 def test_a_recipe_names_it(tiny_policy, tmp_path, monkeypatch):
+    from gd2po_trl.analysis import analyze
     from gd2po_trl.training import run_recipe
 
     monkeypatch.chdir(tmp_path)
@@ -295,6 +296,8 @@ def test_a_recipe_names_it(tiny_policy, tmp_path, monkeypatch):
     again = load_recipe(tmp_path / "out" / "recipe.yaml").training
     assert (again.estimator, again.estimator_kwargs) == ("gd2po_trl.estimators.rvpo", {"k": 2.0})
     assert again.reward_weight_schedules == {"spread": {"linear": {"0": 0.0, "2": 1.0}}}
+    warnings = analyze(tmp_path / "out").warnings
+    assert any("`reward_weight_schedules`" in warning for warning in warnings), warnings
     settings["estimator"] = "gd2po_trl.estimators.rvpoo"
     (tmp_path / "recipe.yaml").write_text(json.dumps(settings | {"output_dir": "other"}))
     with pytest.raises(UsageError, match="`estimator`"):
