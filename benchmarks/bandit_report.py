@@ -2,7 +2,7 @@
 
 import torch
 
-from gd2po_trl.comparison.statistics import Interval, holm, mean_interval, paired_test
+from gd2po_trl.comparison.seed_statistics import Interval, holm, mean_interval, paired_test
 
 
 # The quantities that are tested against the baseline; together, over all methods, they are one family for Holm.

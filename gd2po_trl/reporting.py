@@ -115,6 +115,11 @@ def percent(share: float) -> str:
     return f"{value:.0f}%"
 
 
+def short_number(value: float) -> str:
+    """`value` with at most three digits; a dash for NaN."""
+    return "–" if math.isnan(value) else f"{value:.3g}"
+
+
 def join(names: Sequence[str]) -> str:
     """`a`, `a and b`, or `a, b and c`."""
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1] if names else ""]))

@@ -12,7 +12,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from gd2po_trl import GD2POTrainer
 from gd2po_trl.analysis import VerdictCallback, analyze_rewards
-from gd2po_trl.analysis.wording import interval
+from gd2po_trl.analysis.evidence import interval
 from gd2po_trl.errors import UsageError
 from gd2po_trl.recipe import load_recipe
 from gd2po_trl.reporting import percent

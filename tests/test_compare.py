@@ -1,7 +1,7 @@
 """`gd2po compare`: runs that are killed or fail, the command line, and one real comparison."""
 
+import io
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -15,17 +15,18 @@ from filelock import FileLock
 
 from gd2po_trl.cli.compare import main
 from gd2po_trl.comparison import compare
-from gd2po_trl.comparison.running import Run, _Process, launched_processes, run_all
+from gd2po_trl.comparison.presentation import Display
+from gd2po_trl.comparison.running import Run, launched_processes, run_all
 from gd2po_trl.comparison.variants import (
     LADDER,
     MATCHED_WHITENING,
     Variant,
-    make_variants,
     mask_secrets,
     option_words,
     parse_settings,
 )
 from gd2po_trl.errors import UsageError
+from gd2po_trl.terminal import make_console
 
 
 # Runs
@@ -126,16 +127,6 @@ def test_wrong_input_ends_the_comparison_and_its_other_runs(stub_run):
     assert not (waiting.folder / "trainer_state.json").exists()
 
 
-def test_a_left_behind_process_may_end_while_it_is_asked(stub_run, monkeypatch):
-    process = _Process(stub_run("gdpo"), None)
-    left_behind = psutil.Process(process.child.pid)
-    process.child.wait()
-    # As a later comparison sees it: it still ran at the first question, and is gone at the second.
-    monkeypatch.setattr(left_behind, "is_running", lambda: True)
-    process.child, process.left_behind = None, left_behind
-    assert process.has_ended()
-
-
 COMPARE = """
 import sys
 from pathlib import Path
@@ -145,53 +136,59 @@ run_all([Run(Variant("gdpo", "gdpo"), 1, Path(sys.argv[1]), tuple(sys.argv[2:]),
 """
 
 
-def test_a_killed_comparison_goes_on(stub_run):
+def test_a_comparison_that_was_killed_with_its_runs_goes_on(stub_run):
     run = stub_run("gdpo", "wait")
     comparison = subprocess.Popen([sys.executable, "-c", COMPARE, str(run.folder), *run.command])
-    wait_for(lambda: (run.folder / "run.json").exists() and starts(run) == 1)
-    comparison.send_signal(signal.SIGKILL)
-    comparison.wait()
-    # Its training was not killed; it must be waited for and not be started a second time in the same folder.
-    second = subprocess.Popen([sys.executable, "-c", COMPARE, str(run.folder), *run.command])
-    time.sleep(1.0)
-    assert second.poll() is None
+    wait_for(lambda: starts(run) == 1)
+    (child,) = psutil.Process(comparison.pid).children()
+    for process in (comparison, child):
+        process.kill()
+        process.wait()
+    assert (run.folder / "run.json").exists() and not (run.folder / "trainer_state.json").exists()
     (run.folder / "go").touch()
-    assert second.wait(timeout=60) == 0
-    assert starts(run) == 1
     assert run_all([run], report=lambda line: None)[0].state is not None
-
-    # Killed together with its training, it starts that again.
-    run = stub_run("gd2po_hard", "wait")
-    comparison = subprocess.Popen([sys.executable, "-c", COMPARE, str(run.folder), *run.command])
-    wait_for(lambda: (run.folder / "run.json").exists() and starts(run) == 1)
-    comparison.kill()
-    comparison.wait()
-    os.kill(json.loads((run.folder / "run.json").read_text())["pid"], signal.SIGKILL)
-    (run.folder / "go").touch()
-    wait_for(lambda: run_all([run], report=lambda line: None)[0].state is not None)
     assert starts(run) == 2
+
+
+def test_an_interrupted_comparison_ends_what_its_runs_started(stub_run):
+    run = stub_run("gdpo", "wait")
+    script = run.folder.parent / "parent.py"
+    script.parent.mkdir(parents=True)
+    script.write_text(f"import subprocess; subprocess.run({list(run.command)!r})")
+    comparison = subprocess.Popen([sys.executable, "-c", COMPARE, str(run.folder), sys.executable, str(script)])
+    wait_for(lambda: starts(run) == 1)
+    children = psutil.Process(comparison.pid).children(recursive=True)
+    assert len(children) == 2
+    comparison.send_signal(signal.SIGINT)
+    assert comparison.wait(timeout=60) != 0
+    wait_for(lambda: not any(child.is_running() for child in children))
+
+
+def test_a_terminal_shows_how_far_the_runs_are(stub_run, tmp_path):
+    run = stub_run("gdpo")
+    script = tmp_path / "slow.py"
+    script.write_text(
+        "import sys, time; print('step 3/10 ', flush=True); time.sleep(1); sys.argv = sys.argv[1:]\n" + STUB
+    )
+    run = Run(run.variant, 1, run.folder, (sys.executable, str(script), *run.command[1:]), {})
+    screen = io.StringIO()
+    with Display(make_console(file=screen, force_terminal=True, width=100)) as display:
+        run_all([run], report=display.line, watch=display.watch)
+    shown = screen.getvalue()
+    assert "step 3 of 10" in shown and "1 of 1" in shown and "[1/1] gdpo, seed 1" in shown
 
 
 # Variants and the command line
 
 
 def test_variants_and_settings():
-    variants = make_variants(
-        ["gdpo"], [["snr_0.5", "gd2po_snr", "snr_threshold=0.5"]], match_whitening=True, known_methods=KNOWN
+    settings = parse_settings(["reward_weights=1 0.5", 'reward-kwargs={"a": {"b": 1}}', "beta=none"], "--set")
+    assert settings == {"reward_weights": ["1", "0.5"], "reward_kwargs": '{"a": {"b": 1}}', "beta": ["none"]}
+    assert option_words(settings, "--set") == (
+        *("--reward_weights", "1", "0.5", "--reward_kwargs", '{"a": {"b": 1}}', "--beta", "none"),
     )
-    assert variants[1] == Variant("snr_0.5", "gd2po_snr", ("--snr_threshold", "0.5"))
-    assert variants[2:] == list(MATCHED_WHITENING)
-    assert {c.variant for c in LADDER} | {c.against for c in LADDER} <= {v.name for v in variants} | {"gd2po_hard"}
-    assert parse_settings(["reward_weights=1 0.5", 'reward_kwargs={"a": {"b": 1}}'], "--set") == (
-        "--reward_weights",
-        "1",
-        "0.5",
-        "--reward_kwargs",
-        '{"a": {"b": 1}}',
-    )
-
-
-KNOWN = ["grpo", "gdpo", "gd2po_hard", "gd2po_snr"]
+    names = {variant.name for variant in MATCHED_WHITENING} | {"gdpo", "gd2po_hard"}
+    assert {c.variant for c in LADDER} | {c.against for c in LADDER} <= names
 
 
 @pytest.mark.parametrize(
@@ -229,7 +226,8 @@ def test_secrets_are_masked_in_what_is_written(words, expected):
         (["--methods", "gdpoo"], "no method 'gdpoo'"),
         (["--methods"], "nothing to compare"),
         (["--methods", "gdpo", "gdpo"], "Two variants are called 'gdpo'"),
-        (["--variant", "../x", "gdpo"], "is no name"),
+        (["--variant", "../x", "gdpo"], r"'\.\./x'"),
+        (["--variant", "x", "gdpo", "--variant", "x", "grpo"], "Two variants are called 'x'"),
         (["--variant", "x"], "give a name, a method"),
         (["--set", "seed=3"], "sets `seed` itself"),
         (["--set", "learning_rate"], "write key=value"),
@@ -346,18 +344,6 @@ def test_how_many_processes_are_launched():
     assert launched_processes([]) == 1
     assert launched_processes(["--config_file", str(files / "fsdp2.yaml")]) == 8
     assert launched_processes(["--config_file", str(files / "fsdp2.yaml"), "--num_processes", "2"]) == 2
-
-
-def test_a_stopped_run_ends_what_it_started(stub_run):
-    run = stub_run("parent", "wait")
-    script = run.folder.parent / "parent.py"
-    script.parent.mkdir(parents=True)
-    script.write_text(f"import subprocess; subprocess.run({list(run.command)!r})")
-    process = _Process(Run(run.variant, 1, run.folder, (sys.executable, str(script)), {}), None)
-    wait_for(lambda: starts(run) == 1)
-    (child,) = psutil.Process(process.child.pid).children()
-    process.stop()
-    assert not child.is_running() and process.child.poll() is not None
 
 
 def test_python_and_the_command_line_give_the_same_words():

@@ -21,13 +21,11 @@ from gd2po_trl.comparison.curves import (
     quantity_values,
     read_curves,
 )
-from gd2po_trl.comparison.display import print_results
 from gd2po_trl.comparison.figures import draw_curves
-from gd2po_trl.comparison.learning_rates import choose_learning_rates, search_table
-from gd2po_trl.comparison.report import markdown, write_json
-from gd2po_trl.comparison.results import evaluate
-from gd2po_trl.comparison.running import Outcome, Progress, Run
-from gd2po_trl.comparison.statistics import (
+from gd2po_trl.comparison.presentation import markdown, print_results, write_results
+from gd2po_trl.comparison.results import choose_learning_rates, evaluate
+from gd2po_trl.comparison.running import Outcome, Run
+from gd2po_trl.comparison.seed_statistics import (
     holm,
     mean_interval,
     paired_test,
@@ -109,11 +107,13 @@ def test_a_missing_value_has_no_p_value():
 
 @pytest.mark.parametrize("count", [2, 5, 14, 15, 20])
 def test_smallest_sign_flip_p(count):
-    assert smallest_sign_flip_p(count) == pytest.approx(sign_flip_test([1.0] * count))
+    found, smallest = sign_flip_test([1.0] * count), smallest_sign_flip_p(count)
+    # Of 2^15 patterns, more than one of the 20,000 random ones may be extreme.
+    assert smallest <= found <= 4 * smallest and (count > 14 or found == pytest.approx(smallest))
 
 
 def test_pairs_must_match():
-    with pytest.raises(ValueError, match="2 and 1 values"):
+    with pytest.raises(ValueError):
         paired_test([1.0, 2.0], [1.0])
 
 
@@ -292,12 +292,12 @@ def test_a_failed_seed_is_shown_and_its_pair_left_out(tmp_path):
     at_tokens = results.interval("gdpo", "tokens", "final", "a").mean
     assert at_tokens < results.interval("gdpo", "steps", "final", "a").mean
 
-    text = markdown(results, "gd2po compare", {})
+    text = markdown(results, "gd2po compare")
     assert "1 of 6 runs failed" in text
     assert "gd2po_hard, seed 2: ended with status 1: out of memory" in text
     assert "| gd2po_hard | 2 | FAILED |" in text
     assert "| gd2po_hard | 3 (1 failed) |" in text
-    write_json(tmp_path / "results.json", results, "gd2po compare", {}, [])
+    write_results(tmp_path / "results.json", results, "gd2po compare")
     document = json.loads((tmp_path / "results.json").read_text())
     assert [run["failure"] for run in document["runs"]].count("") == 5
 
@@ -307,7 +307,7 @@ def test_a_run_without_gain_is_marked(tmp_path):
     flat = (Outcome(run, {}), curves_of([1, 2, 1], [1, 2, 0.5]))
     results = evaluate({"gdpo": [flat]}, [run.variant], [1], baseline="gdpo", weights={"a": 1.0, "b": 1.0}, ranges={})
     assert not results.runs["gdpo"][0].gained
-    assert "finished, no gain" in markdown(results, "", {})
+    assert "finished, no gain" in markdown(results, "")
 
 
 def evaluate_pairs(tmp_path, curves, weights, seeds=(1, 2, 3), ranges=None):
@@ -328,8 +328,8 @@ def test_a_reward_with_gaps_is_compared_and_drawn(tmp_path):
     }
     results = evaluate_pairs(tmp_path, curves, weights)
     assert results.ranges["a"] == pytest.approx((0.1, 0.76))
-    assert "nan" not in markdown(results, "", {})
-    draw_curves(results, weights, tmp_path / "curves.png")
+    assert "nan" not in markdown(results, "")
+    draw_curves(results, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 0
 
 
@@ -352,7 +352,7 @@ def test_the_report_says_what_sum_and_worst_hold(tmp_path):
 
     weights = {"a": 1.0, "b": -1.0, "c": 1.0, "d": 0.0}
     results = evaluate_pairs(tmp_path, {"gdpo": some(0.5), "gd2po_hard": some(0.5)}, weights, seeds=(1, 2))
-    text = markdown(results, "", {})
+    text = markdown(results, "")
     assert "(a 0 to 4; b 0 to 5, lower is better)" in text
     assert "Left out of both: c (the same in all runs), d (weight 0)." in text
 
@@ -363,10 +363,10 @@ def test_differences_without_spread_have_no_star(tmp_path):
         "gd2po_hard": [curves_of([0, 1, 3], [0, 1, 1]) for _ in (1, 2)],
     }
     results = evaluate_pairs(tmp_path, curves, {"a": 1.0, "b": 1.0}, seeds=(1, 2))
-    text = markdown(results, "", {})
+    text = markdown(results, "")
     assert "| gd2po_hard | a | +1.000 [+1.000, +1.000] | – | 0.500 | – | 2 |" in text
     assert "\\* [" not in text
-    write_json(tmp_path / "results.json", results, "", {}, [])
+    write_results(tmp_path / "results.json", results, "")
     document = json.loads((tmp_path / "results.json").read_text())
     assert [row["p_t"] for row in document["differences"] if row["quantity"] == "a"] == [None] * 8
 
@@ -378,7 +378,7 @@ def test_budget_table_and_what_is_corrected_together(tmp_path):
     }
     curves["gd2po_hard"][0] = curves_of([0, 1, 3.05], [0, 2, 4.1])
     results = evaluate_pairs(tmp_path, curves, {"a": 1.0, "b": 1.0})
-    text = markdown(results, "", {})
+    text = markdown(results, "")
     table = text.split("**At equal budget")[1].split("\n\n")
     header, _, first, second, *_ = table[1].splitlines()
     assert header == "| budget | method | final sum | final worst | area sum | area worst |"
@@ -397,28 +397,31 @@ def test_the_smallest_p_of_many_seeds_is_that_of_the_random_patterns(tmp_path):
     seeds = range(1, 21)
     curves = {"gdpo": [curves_of([0, 1, seed], [0, 2, seed]) for seed in seeds]}
     results = evaluate_pairs(tmp_path, curves, {"a": 1.0, "b": 1.0}, seeds=seeds)
-    assert "cannot give less than 5e-05" in markdown(results, "", {})
+    assert "cannot give less than 5e-05" in markdown(results, "")
 
 
 def test_a_comparison_in_which_everything_failed_is_reported(tmp_path):
     run = make_run(tmp_path, "gdpo", 1)
     outcomes = {"gdpo": [(Outcome(run, None, "ended with status 1"), None)]}
     results = evaluate(outcomes, [run.variant], [1], baseline="gdpo", weights={"a": 1.0}, ranges={})
-    assert "1 of 1 runs failed" in markdown(results, "", {})
-    write_json(tmp_path / "results.json", results, "", {}, [])
+    assert "1 of 1 runs failed" in markdown(results, "")
+    write_results(tmp_path / "results.json", results, "")
     json.loads((tmp_path / "results.json").read_text())
 
 
-def test_learning_rates_that_fail_are_not_chosen():
+def test_learning_rates_that_fail_are_not_chosen(tmp_path):
     good, better = curves_of([0, 1, 1], [0, 1, 1]), curves_of([0, 2, 2], [0, 2, 2])
     curves = {"gdpo": {1e-3: [good, good], 1e-2: [better, better], 1e-1: [better, None]}}
-    chosen, search = choose_learning_rates(curves, {"a": 1.0, "b": 1.0}, {})
-    assert chosen == {"gdpo": 1e-2}
+    weights = {"a": 1.0, "b": 1.0}
+    results = evaluate_pairs(tmp_path, {"gdpo": [better]}, weights, seeds=(1,))
+    results.learning_rates, search = choose_learning_rates(curves, weights, {})
+    assert results.learning_rates == {"gdpo": 1e-2}
     assert not any(entry["at_edge"] for entry in search)
-    assert "| gdpo | 1.000 | **2.000** | failed |" in search_table(search, [1000, 1001])
+    text = markdown(results, "", search)
+    assert "| gdpo | 1.000 | **2.000** | failed |" in text and "At the edge" not in text
     del curves["gdpo"][1e-3]
-    _, search = choose_learning_rates(curves, {"a": 1.0, "b": 1.0}, {})
-    assert "At the edge of what was tried: gdpo" in search_table(search, [1000])
+    _, search = choose_learning_rates(curves, weights, {})
+    assert "At the edge of what was tried: gdpo" in markdown(results, "", search)
 
 
 # Verdict and terminal
@@ -487,9 +490,3 @@ def test_the_tables_fit_a_terminal_of_80_columns(count):
     assert max(map(len, shown.splitlines())) <= 80
     for name in values:
         assert name in shown  # not broken
-
-
-def test_time_left_is_known_from_the_steps_of_runs_at_work():
-    assert Progress(0, 4, 10.0, [("a", 0, 0)]).seconds_left is None
-    assert Progress(0, 4, 10.0, [("a", 5, 10)]).seconds_left == pytest.approx(70.0)
-    assert Progress(2, 4, 10.0, []).seconds_left == pytest.approx(10.0)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tiny import letters_dataset, low_bytes, spread_bytes, tiny_args, tiny_settings
 
 from gd2po_trl import METHODS, GD2POConfig, GD2POTrainer, compute_advantages
-from gd2po_trl.comparison.variants import make_variants
+from gd2po_trl.comparison.variants import make_variant
 from gd2po_trl.diagnostics import conflict_metrics
 from gd2po_trl.errors import UsageError
 from gd2po_trl.estimators import check_estimator, load_estimator, rvpo, soft_conflicts
@@ -203,12 +203,12 @@ def test_a_mistake_shows_before_a_model_loads():
 
 
 def test_compare_takes_an_estimator_like_a_method():
-    variants = make_variants(
-        ["gdpo", "gd2po_trl.estimators.rvpo"],
-        [["rvpo_5", "gd2po_trl/estimators.py:rvpo", 'estimator_kwargs={"k": 5}'], ["soft", "gdpo", "estimator=a.b"]],
-        match_whitening=False,
-        known_methods=list(METHODS),
-    )
+    variants = [
+        make_variant("gdpo"),
+        make_variant("gd2po_trl.estimators.rvpo"),
+        make_variant("gd2po_trl/estimators.py:rvpo", "rvpo_5", ("--estimator_kwargs", '{"k": 5}')),
+        make_variant("gdpo", "soft", ("--estimator", "a.b")),
+    ]
     path = ("--estimator", "gd2po_trl.estimators.rvpo")
     assert [(variant.name, variant.method, variant.overrides) for variant in variants] == [
         ("gdpo", "gdpo", ()),

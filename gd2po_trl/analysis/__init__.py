@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .doctor import Report, analyze, analyze_rewards
+from .analyzer import Report, analyze, analyze_rewards
 
 
 if TYPE_CHECKING:

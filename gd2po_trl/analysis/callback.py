@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from ..terminal import printable
-from .doctor import Report, analyze_rewards
+from .analyzer import Report, analyze_rewards
 
 
 logger = logging.get_logger(__name__)

@@ -10,13 +10,11 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ..diagnostics import pair_name
+from ..reporting import GRID, INK, MUTED, PALETTE
 from ..terminal import printable
-from .results import CONSENSUS_BINS, Analysis, PairFigures
+from .records import CONSENSUS_BINS, Analysis, PairFigures
 
 
-INK, MUTED, GRID = "#1f2933", "#6b7785", "#dde2e8"
-# Distinguishable with any colour vision, and in order of use.
-COLOURS = ["#0a6ebd", "#d1570c", "#2f9e5b", "#a3369c", "#b8860b", "#4b5fc0", "#c2255c"]
 RAMP = LinearSegmentedColormap.from_list("ramp", ["#f6f8fa", "#f5b38a", "#d1570c", "#7a2d02"])
 KEPT = LinearSegmentedColormap.from_list("kept", ["#d1570c", "#f5c6a6", "#cfe3f3", "#0a6ebd"])
 # Points of a curve over training; more steps are averaged into this many.
@@ -69,7 +67,7 @@ def _nothing(panel, text: str) -> None:
 
 
 def _binned(steps: np.ndarray, values: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """At most `MAX_POINTS` averages of `values` over neighbouring steps."""
+    """At most `MAX_POINTS` averages of `values` over neighboring steps."""
     x, y = [], []
     for part in np.array_split(np.arange(len(steps)), min(MAX_POINTS, len(steps))):
         known = part[~np.isnan(values[part])]
@@ -90,13 +88,11 @@ def _over_training(panel, analysis: Analysis) -> None:
     steps, weights = np.array(over.step, dtype=float), np.array(over.rollouts, dtype=float)
     marker = "o" if len(steps) <= 30 else None
     ratio = _binned(steps, np.array(over.conflict_ratio), weights)
-    panel.plot(*ratio, color=COLOURS[0], lw=2.3, marker=marker, ms=3.5, label="any two rewards", zorder=3)
+    panel.plot(*ratio, color=PALETTE[0], lw=2.3, marker=marker, ms=3.5, label="any two rewards", zorder=3)
     if len(analysis.pairs) > 1:
-        for pair, colour in zip(pairs, COLOURS[1:], strict=False):
+        for pair, color in zip(pairs, PALETTE[1:], strict=False):
             values = np.array(over.pair_conflict_ratio[pair_name(pair.first, pair.second)])
-            panel.plot(
-                *_binned(steps, values, weights), color=colour, lw=1.3, marker=marker, ms=2.5, label=_pair(pair)
-            )
+            panel.plot(*_binned(steps, values, weights), color=color, lw=1.3, marker=marker, ms=2.5, label=_pair(pair))
     unrelated = _binned(steps, np.array(over.unrelated_ratio), weights)
     panel.plot(*unrelated, color=MUTED, lw=1.2, ls=(0, (4, 3)), label="any two, by chance")
     # Room for the legend above the curves.
@@ -123,8 +119,8 @@ def _at_one_step(panel, analysis: Analysis, pairs: list[PairFigures]) -> None:
     values = [analysis.conflict_ratio, *(pair.conflict_ratio for pair in several)][::-1]
     unrelated = [analysis.unrelated_ratio, *(pair.unrelated_ratio for pair in several)][::-1]
     y = np.arange(len(names))
-    panel.barh(y, np.nan_to_num(values), height=0.55, color=COLOURS[0], label="measured")
-    panel.scatter(unrelated, y, marker="|", s=260, linewidths=2, color=COLOURS[1], label="by chance", zorder=3)
+    panel.barh(y, np.nan_to_num(values), height=0.55, color=PALETTE[0], label="measured")
+    panel.scatter(unrelated, y, marker="|", s=260, linewidths=2, color=PALETTE[1], label="by chance", zorder=3)
     panel.set_yticks(y, names)
     _share_axis(panel, len(names))
     if len(names) == 1:
@@ -162,8 +158,8 @@ def _pair_matrix(panel, analysis: Analysis) -> None:
     size, digits = (10, 1) if len(names) <= 5 else (8, 0)
     for (row, column), value in np.ndenumerate(matrix):
         if not np.isnan(value) and len(names) <= MAX_ANNOTATED:
-            colour = "white" if value > 0.6 * top else INK
-            panel.text(column, row, f"{value:.{digits}%}", ha="center", va="center", fontsize=size, color=colour)
+            color = "white" if value > 0.6 * top else INK
+            panel.text(column, row, f"{value:.{digits}%}", ha="center", va="center", fontsize=size, color=color)
 
 
 def _kept(panel, analysis: Analysis) -> None:
@@ -174,11 +170,11 @@ def _kept(panel, analysis: Analysis) -> None:
     y = np.arange(len(bars))
     rollouts = [one.kept_ratio_with_signal for one in bars]
     push = [one.kept_push for one in bars]
-    for values, offset, colour, name in (
-        (rollouts, 0.19, COLOURS[0], "rollouts"),
+    for values, offset, color, name in (
+        (rollouts, 0.19, PALETTE[0], "rollouts"),
         (push, -0.19, "#9cc4e4", "advantages"),
     ):
-        panel.barh(y + offset, values, height=0.34, color=colour, label=name)
+        panel.barh(y + offset, values, height=0.34, color=color, label=name)
         for position, value in zip(y, values, strict=True):
             if not np.isnan(value):
                 panel.text(value + 0.012, position + offset, f"{value:.0%}", va="center", fontsize=8.5, color=INK)
@@ -195,9 +191,9 @@ def _consensus(panel, analysis: Analysis) -> None:
     left = np.zeros(len(bars))
     for index, name in enumerate(CONSENSUS_BINS):
         values = np.array([one.consensus_distribution[index] for one in bars])
-        colour = KEPT(index / (len(CONSENSUS_BINS) - 1))
+        color = KEPT(index / (len(CONSENSUS_BINS) - 1))
         label = {"0": "none kept", "1": "all"}.get(name, name.replace(" to ", "–"))
-        panel.barh(range(len(bars)), values, left=left, height=0.62, color=colour, label=label, ec="white", lw=0.8)
+        panel.barh(range(len(bars)), values, left=left, height=0.62, color=color, label=label, ec="white", lw=0.8)
         left += values
     panel.set_yticks(range(len(bars)), [one.label for one in bars])
     panel.set_xlim(0, 1)
@@ -214,13 +210,13 @@ def _agreement(panel, analysis: Analysis) -> None:
     if values.sum() == 0:
         return _nothing(panel, "no conflicting rollouts")
     edges = np.linspace(0, 1, len(values) + 1)
-    panel.bar(edges[:-1], values, width=np.diff(edges) * 0.92, align="edge", color=COLOURS[0])
+    panel.bar(edges[:-1], values, width=np.diff(edges) * 0.92, align="edge", color=PALETTE[0])
     top = values.max() * 1.16
     for one in analysis.filters:
         if one.threshold:
-            panel.axvline(one.threshold, color=COLOURS[1], lw=1.1, ls=(0, (4, 3)))
+            panel.axvline(one.threshold, color=PALETTE[1], lw=1.1, ls=(0, (4, 3)))
             panel.text(
-                one.threshold - 0.008, top, f"τ {one.threshold:g}", ha="right", va="top", fontsize=8, color=COLOURS[1]
+                one.threshold - 0.008, top, f"τ {one.threshold:g}", ha="right", va="top", fontsize=8, color=PALETTE[1]
             )
     panel.set_ylim(0, top)
     panel.set_xlim(0, 1)
@@ -235,15 +231,15 @@ def _shares(panel, analysis: Analysis) -> None:
     rewards = analysis.rewards[::-1]
     y = np.arange(len(rewards))
     series = (
-        ([reward.share_sum_then_normalise for reward in rewards], 0.19, COLOURS[1], "GRPO (summed first)"),
-        ([reward.share_normalise_then_sum for reward in rewards], -0.19, COLOURS[0], "GDPO (normalized first)"),
+        ([reward.share_sum_then_normalise for reward in rewards], 0.19, PALETTE[1], "GRPO (summed first)"),
+        ([reward.share_normalise_then_sum for reward in rewards], -0.19, PALETTE[0], "GDPO (normalized first)"),
     )
     known = [value for values, *_ in series for value in values if not np.isnan(value)]
     if not known:
         return _nothing(panel, "no reward varies within a group")
-    for values, offset, colour, name in series:
+    for values, offset, color, name in series:
         values = np.nan_to_num(values)
-        panel.barh(y + offset, values, height=0.34, color=colour, label=name)
+        panel.barh(y + offset, values, height=0.34, color=color, label=name)
         for position, value in zip(y, values, strict=True):
             panel.text(max(value, 0) + 0.012, position + offset, f"{value:.0%}", va="center", fontsize=8.5, color=INK)
     panel.axvline(0, color=MUTED, lw=0.8)

@@ -43,11 +43,11 @@ class Layout:
         totals (`tuple[str, ...]`): Columns that hold a total by the definition of the program that wrote the file.
     """
 
-    prompt: str | None
-    completion: str
-    step: str | None
-    step_in_name: bool
-    totals: tuple[str, ...]
+    prompt: str | None = "prompt"
+    completion: str = "completion"
+    step: str | None = None
+    step_in_name: bool = False
+    totals: tuple[str, ...] = ()
 
     @property
     def texts(self) -> list[str]:
@@ -79,10 +79,9 @@ def find_layout(columns: Iterable[str], files: Sequence[Path]) -> Layout:
 
 
 def step_in_name(file: Path) -> int:
-    """The training step in the name of `file`."""
+    """The training step in the name of `file`; 0 where it has none."""
     match = STEP_IN_NAME.fullmatch(file.stem)
-    assert match is not None
-    return int(match.group(1) or match.group(2))
+    return int(match.group(1) or match.group(2)) if match else 0
 
 
 def find_files(sources: Sequence[str | Path]) -> list[Path]:
@@ -94,41 +93,33 @@ def find_files(sources: Sequence[str | Path]) -> list[Path]:
     """
     found: dict[Path, Path] = {}
     for source in map(Path, sources):
-        if source.is_file():
-            if source.suffix.lower() not in SUFFIXES:
-                raise UsageError(
-                    f"'{source}' has an unknown ending; rollouts are read from {', '.join(SUFFIXES)} (JSON: one "
-                    "object per line)."
-                )
-            files = [source]
-        elif source.is_dir():
-            files = _files_in(source)
-        else:
+        if not source.exists():
             raise UsageError(f"'{source}' does not exist. Give the output folder of a run, or files with rollouts.")
-        for file in files:
+        if source.is_file() and source.suffix.lower() not in SUFFIXES:
+            raise UsageError(
+                f"'{source}' has an unknown ending; rollouts are read from {', '.join(SUFFIXES)} (JSON: one object "
+                "per line)."
+            )
+        for file in [source] if source.is_file() else _files_in(source):
             found.setdefault(file.resolve(), file)
     return list(found.values())
 
 
 def _files_in(folder: Path) -> list[Path]:
     completions = folder / "completions"
-    if completions.is_dir():
-        folder = completions
-    files = sorted(
-        (path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file()), key=_natural
-    )
+    present = (completions if completions.is_dir() else folder).iterdir()
+    files = sorted((path for path in present if path.suffix.lower() in SUFFIXES and path.is_file()), key=_natural)
     tables = [path for path in files if path.suffix == ".parquet"]
     # The output folder of a run without logged completions is full of other JSON, logging.jsonl of ms-swift among it.
     lines = [path for path in files if path.suffix.lower() != ".json" and path.stem != "logging"]
     training = [path for path in lines if path.name.startswith("train_data_step")]  # NeMo-RL's, not its val_data_step
-    files = tables or training or lines
-    if not files:
+    if not (tables or training or lines):
         raise UsageError(
             f"'{folder}' holds no logged completions. Train with `log_completions=True` (TRL then writes "
             "completions/completions_*.parquet), or give JSONL or CSV files with the columns prompt, completion and "
             "one per reward."
         )
-    return files
+    return tables or training or lines
 
 
 def _natural(path: Path) -> list[str | int]:
@@ -146,18 +137,9 @@ def read_chunks(
 ) -> Iterator[pd.DataFrame]:
     """The rows of `file`, some thousand at a time; of `columns` (default: all) the `optional` may be missing."""
     suffix = file.suffix.lower()
+    chunks = _parquet_chunks if suffix == ".parquet" else _csv_chunks if suffix in CSV_SUFFIXES else _json_chunks
     try:
-        if suffix == ".parquet":
-            chunks = _parquet_chunks(file, columns)
-        elif suffix in CSV_SUFFIXES:
-            with file.open(encoding="utf-8-sig") as lines:
-                header = lines.readline()
-            # As text: what a cell stands for depends on the column, and a prompt of "1e3" stays one.
-            options: dict[str, Any] = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig"}
-            chunks = pd.read_csv(file, sep=max(",;\t", key=header.count), chunksize=CHUNK_ROWS, **options)
-        else:
-            chunks = _json_chunks(file)
-        for chunk in chunks:
+        for chunk in chunks(file, columns):
             if columns is not None:
                 require(chunk, file, [name for name in columns if name not in optional])
                 chunk = chunk.reindex(columns=list(columns))
@@ -174,15 +156,21 @@ def require(chunk: pd.DataFrame, file: Path, columns: Iterable[str]) -> None:
 
 
 def _missing(missing: Sequence[str], present: Iterable[str], file: Path) -> UsageError:
-    texts = [name for name in missing if name in (*PROMPTS, *COMPLETIONS, *STEPS)]
     remedy = (
         "Rename the column that holds it; a rollout needs prompt, completion and one column per reward."
-        if texts
+        if {*missing} & {*PROMPTS, *COMPLETIONS, *STEPS}
         else "Name the reward columns with --rewards, or analyze files with different columns apart."
     )
-    return UsageError(
-        f"'{file}' has no column {', '.join(f'`{name}`' for name in missing)} (it has: {', '.join(present)}). {remedy}"
-    )
+    names = ", ".join(f"`{name}`" for name in missing)
+    return UsageError(f"'{file}' has no column {names} (it has: {', '.join(present)}). {remedy}")
+
+
+def _csv_chunks(file: Path, columns: Sequence[str] | None) -> Iterable[pd.DataFrame]:
+    with file.open(encoding="utf-8-sig") as lines:
+        header = lines.readline()
+    # As text: what a cell stands for depends on the column, and a prompt of "1e3" stays one.
+    options: dict[str, Any] = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig"}
+    return pd.read_csv(file, sep=max(",;\t", key=header.count), chunksize=CHUNK_ROWS, **options)
 
 
 def _parquet_chunks(file: Path, columns: Sequence[str] | None) -> Iterator[pd.DataFrame]:
@@ -205,7 +193,7 @@ def _as_objects(column: pa.Array) -> np.ndarray:
     return values
 
 
-def _json_chunks(file: Path) -> Iterator[pd.DataFrame]:
+def _json_chunks(file: Path, columns: Sequence[str] | None) -> Iterator[pd.DataFrame]:
     records: list[dict] = []
     with file.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
@@ -223,9 +211,9 @@ def _json_chunks(file: Path) -> Iterator[pd.DataFrame]:
                     "line (JSONL), each a rollout."
                 )
             records += _rollouts_of(record, file, number)
-            while len(records) >= CHUNK_ROWS:
-                yield pd.DataFrame(records[:CHUNK_ROWS], dtype=object)
-                records = records[CHUNK_ROWS:]
+            if len(records) >= CHUNK_ROWS:
+                yield pd.DataFrame(records, dtype=object)
+                records = []
     if records:
         yield pd.DataFrame(records, dtype=object)
 
@@ -235,23 +223,18 @@ def _rollouts_of(record: dict, file: Path, line: int) -> list[dict]:
     columns, rows = record.get("columns"), record.get("data")
     if isinstance(columns, list) and isinstance(rows, list):
         return [dict(zip(map(str, columns), row, strict=False)) for row in rows if isinstance(row, list)]
-    completion = next((name for name in COMPLETIONS if name in record), None)
-    values = record[completion] if completion is not None else None
+    values = next((record[name] for name in COMPLETIONS if name in record), None)
     # A list of messages is one completion.
     if not isinstance(values, list) or any(isinstance(value, dict) for value in values):
         return [record]
-    for name in record:
-        value = record[name]
-        is_per_rollout = name in (*PROMPTS, *STEPS) or (
-            isinstance(value, list) and all(isinstance(entry, (int, float)) for entry in value)
-        )
-        if is_per_rollout and isinstance(value, list) and len(value) != len(values):
+    batched = {name: value for name, value in record.items() if isinstance(value, list)}
+    for name, entries in list(batched.items()):
+        if len(entries) == len(values):
+            continue
+        if name in (*PROMPTS, *STEPS) or all(isinstance(entry, (int, float)) for entry in entries):
             raise UsageError(
-                f"'{file}', line {line} holds {len(values)} completions and {len(value)} entries of `{name}`; a line "
-                "with several rollouts needs one for each."
+                f"'{file}', line {line} holds {len(values)} completions and {len(entries)} entries of `{name}`; a "
+                "line with several rollouts needs one for each."
             )
-    batched = {name for name, value in record.items() if isinstance(value, list) and len(value) == len(values)}
-    return [
-        {name: value[index] if name in batched else value for name, value in record.items()}
-        for index in range(len(values))
-    ]
+        del batched[name]  # the same for all of them
+    return [record | {name: entries[index] for name, entries in batched.items()} for index in range(len(values))]

@@ -1,6 +1,7 @@
 """Finds the groups: which rollouts answer the same prompt of the same generation batch."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -43,14 +44,33 @@ class Groups:
     warnings: list[str] = field(default_factory=list)
 
     @property
+    def typical_size(self) -> int:
+        """The size that most groups have."""
+        return int(np.bincount(self.sizes).argmax())
+
+    @cached_property
     def starts(self) -> np.ndarray:
         """Where in `order` each group begins."""
         return np.cumsum(self.sizes) - self.sizes
 
-    @property
-    def typical_size(self) -> int:
-        """The size that most groups have."""
-        return int(np.bincount(self.sizes).argmax())
+    @cached_property
+    def index(self) -> np.ndarray:
+        """The group of each rollout in `order`, `(R,)` int64."""
+        return np.repeat(np.arange(len(self.sizes)), self.sizes)
+
+    def sum(self, values: np.ndarray) -> np.ndarray:
+        """Sums of `values` `(R, ...)` over each group, `(M, ...)`."""
+        return np.add.reduceat(values * 1.0, self.starts)
+
+    def any(self, values: np.ndarray) -> np.ndarray:
+        """Whether any of `values` `(R, ...)` is true in each group, `(M, ...)`."""
+        return np.logical_or.reduceat(values, self.starts)
+
+    def centered(self, values: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """Deviation of `values` `(R, C)` from the mean over those of their group that count; 0 for the others."""
+        present = np.where(counts, values, 0.0)
+        means = self.sum(present) / np.maximum(self.sum(counts), 1)
+        return np.where(counts, present - means[self.index], 0.0)
 
 
 def find_groups(rollouts: Rollouts, num_generations: int | None = None) -> Groups:
@@ -75,40 +95,26 @@ def find_groups(rollouts: Rollouts, num_generations: int | None = None) -> Group
     """
     notes: list[str] = []
     warnings: list[str] = []
-    rows, dropped_tables = _without_repeated_tables(rollouts)
-    if dropped_tables:
-        notes.append(
-            f"{dropped_tables} logging steps repeat the table of the step before, since the same generation batch was "
-            "trained on again; each batch counts once, at the first step that logged it."
-        )
-
-    run, step, prompt = rollouts.run[rows], rollouts.step[rows], rollouts.prompt[rows]
-    # Rows by (run, step), in file order within a step.
-    by_step = np.lexsort((step, run))
-    rows = _without_remnants(rollouts, rows[by_step], notes)
-    run, step, prompt = rollouts.run[rows], rollouts.step[rows], rollouts.prompt[rows]
+    rows = _without_repeated_tables(rollouts, notes)
+    # By run and step, in file order within a step.
+    rows = rows[np.lexsort((rollouts.step[rows], rollouts.run[rows]))]
+    rows = _without_remnants(rollouts, rows, notes)
     if rollouts.layout.prompt is None:
         return _groups_by_order(rollouts, rows, num_generations, notes)
-    is_start: np.ndarray = np.ones(len(rows), dtype=bool)
-    is_start[1:] = (prompt[1:] != prompt[:-1]) | (step[1:] != step[:-1]) | (run[1:] != run[:-1])
-    side_by_side: np.ndarray = np.diff(np.append(np.flatnonzero(is_start), len(rows)))
+    keys = rollouts.prompt, rollouts.step, rollouts.run
+    side_by_side = _sizes(_starts(rows, *keys))
     size = num_generations or _frequent_run_length(side_by_side)
-    if _is_written_in_groups(side_by_side, size, is_guess=num_generations is None):
-        # Every run of equal prompts is cut into groups; a shorter rest stays a group of its own.
-        position = np.arange(len(rows)) - np.repeat(np.cumsum(side_by_side) - side_by_side, side_by_side)
-        group_start = is_start | (position % size == 0)
-        sizes: np.ndarray = np.diff(np.append(np.flatnonzero(group_start), len(rows)))
-    else:
-        key = np.lexsort((prompt, step, run))  # stable: file order within a prompt
-        rows, run, step, prompt = rows[key], run[key], step[key], prompt[key]
-        group_start = np.ones(len(rows), dtype=bool)
-        group_start[1:] = (prompt[1:] != prompt[:-1]) | (step[1:] != step[:-1]) | (run[1:] != run[:-1])
-        sizes = np.diff(np.append(np.flatnonzero(group_start), len(rows)))
-        if num_generations:
-            position = np.arange(len(rows)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-            group_start |= position % num_generations == 0
-            sizes = np.diff(np.append(np.flatnonzero(group_start), len(rows)))
-        _note_large_groups(sizes, num_generations, notes)
+    is_written_in_groups = _is_written_in_groups(side_by_side, size, is_guess=num_generations is None)
+    if not is_written_in_groups:
+        rows = rows[np.lexsort([key[rows] for key in keys])]  # stable: file order within a prompt
+    is_start = _starts(rows, *keys)
+    if is_written_in_groups or num_generations:
+        # What is longer than a group is cut into groups; a shorter rest stays a group of its own.
+        runs = _sizes(is_start)
+        is_start |= (np.arange(len(rows)) - np.repeat(np.cumsum(runs) - runs, runs)) % size == 0
+    sizes = _sizes(is_start)
+    if not is_written_in_groups and not num_generations:
+        _note_large_groups(sizes, notes)
 
     grouped: np.ndarray = np.repeat(sizes > 1, sizes)
     alone = int((~grouped).sum())
@@ -120,7 +126,7 @@ def find_groups(rollouts: Rollouts, num_generations: int | None = None) -> Group
         )
     if alone:
         notes.append(f"{alone:,} rollouts are alone with their prompt and step (evaluation?), and are left out.")
-    steps = step[np.flatnonzero(group_start)][sizes > 1]
+    steps = rollouts.step[rows[is_start]][sizes > 1]
     sizes = sizes[sizes > 1]
     groups = Groups(order=rows[grouped], sizes=sizes, steps=steps, notes=notes, warnings=warnings)
     uneven = int(sizes[sizes != groups.typical_size].sum())
@@ -138,6 +144,18 @@ def find_groups(rollouts: Rollouts, num_generations: int | None = None) -> Group
     return groups
 
 
+def _starts(rows: np.ndarray, *keys: np.ndarray) -> np.ndarray:
+    """Which of `rows` differ from the row before in any of `keys`; the first does. Bool, of the shape of `rows`."""
+    is_start: np.ndarray = np.ones(len(rows), dtype=bool)
+    is_start[1:] = np.any([key[rows[1:]] != key[rows[:-1]] for key in keys], axis=0)
+    return is_start
+
+
+def _sizes(is_start: np.ndarray) -> np.ndarray:
+    """Lengths of the parts that begin where `is_start` is true."""
+    return np.diff(np.append(np.flatnonzero(is_start), len(is_start)))
+
+
 def _groups_by_order(rollouts: Rollouts, rows: np.ndarray, num_generations: int | None, notes: list[str]) -> Groups:
     """Groups of `num_generations` rows each, where only the order of the rows, sorted by run and step, tells them."""
     if not num_generations:
@@ -146,14 +164,13 @@ def _groups_by_order(rollouts: Rollouts, rows: np.ndarray, num_generations: int 
             "that only their order tells which rollouts belong to one prompt. Give the rollouts per prompt: "
             "--num-generations G."
         )
-    run, step = rollouts.run[rows], rollouts.step[rows]
-    parts: np.ndarray = np.flatnonzero((run[1:] != run[:-1]) | (step[1:] != step[:-1])) + 1
-    counts = np.diff([0, *parts, len(rows)])
+    step, is_start = rollouts.step[rows], _starts(rows, rollouts.run, rollouts.step)
+    counts = _sizes(is_start)
     if (counts % num_generations).any():
         wrong = int(np.flatnonzero(counts % num_generations)[0])
-        where = f"step {step[[0, *parts][wrong]]}" if rollouts.has_step else f"'{rollouts.files[0]}'"
+        where = f"step {step[is_start][wrong]}" if rollouts.has_step else f"'{rollouts.files[0]}'"
         raise UsageError(
-            f"--num-generations {num_generations} does not fit: {where} has {counts[wrong]} rollouts, which is no "
+            f"--num-generations {num_generations} does not fit: {where} has {counts[wrong]} rollouts, which is not a "
             "multiple of it."
         )
     sizes = np.full(len(rows) // num_generations, num_generations)
@@ -172,10 +189,10 @@ def _is_written_in_groups(lengths: np.ndarray, size: int, *, is_guess: bool) -> 
     return size > 1 and multiple >= MULTIPLE_RUNS * rows and (not is_guess or exact >= EXACT_RUNS * rows)
 
 
-def _note_large_groups(sizes: np.ndarray, num_generations: int | None, notes: list[str]) -> None:
+def _note_large_groups(sizes: np.ndarray, notes: list[str]) -> None:
     typical = int(np.bincount(sizes).argmax())
     multiples = int(((sizes > typical) & (sizes % typical == 0)).sum()) if typical > 1 else 0
-    if multiples and not num_generations:
+    if multiples:
         notes.append(
             f"The rollouts of a prompt do not stand side by side, and {multiples:,} prompts have a multiple of "
             f"{typical} rollouts in a step: each is taken as one group. If a prompt was drawn more than once, "
@@ -191,16 +208,13 @@ def _without_remnants(rollouts: Rollouts, rows: np.ndarray, notes: list[str]) ->
     own, so that the first ones fall out, and part of a group may stay: fewer rows than most of the others stand in.
     """
     trl_files = np.array([is_trl_table(file) for file in rollouts.files])
-    run, step, prompt = rollouts.run[rows], rollouts.step[rows], rollouts.prompt[rows]
     kept: np.ndarray = np.ones(len(rows), dtype=bool)
-    tables: np.ndarray = np.flatnonzero((run[1:] != run[:-1]) | (step[1:] != step[:-1])) + 1
+    tables = np.flatnonzero(_starts(rows, rollouts.run, rollouts.step))[1:]
     for table in np.split(np.arange(len(rows)), tables):
-        if not trl_files[rollouts.file[rows[table]]].all():
-            continue
-        starts: np.ndarray = np.flatnonzero(prompt[table][1:] != prompt[table][:-1]) + 1
-        first, *others = np.diff([0, *starts, len(table)])
-        if others and first < _frequent_run_length(np.array(others)):
-            kept[table[:first]] = False
+        if trl_files[rollouts.file[rows[table]]].all():
+            first, *others = _sizes(_starts(rows[table], rollouts.prompt))
+            if others and first < _frequent_run_length(np.array(others)):
+                kept[table[:first]] = False
     if not kept.all():
         notes.append(
             f"{(~kept).sum():,} rollouts at the head of logged tables are the rest of groups that TRL cut, and are "
@@ -209,17 +223,15 @@ def _without_remnants(rollouts: Rollouts, rows: np.ndarray, notes: list[str]) ->
     return rows[kept]
 
 
-def _without_repeated_tables(rollouts: Rollouts) -> tuple[np.ndarray, int]:
-    """Indices of the rows without the steps whose rows all equal those of the step before, and how many such steps."""
+def _without_repeated_tables(rollouts: Rollouts, notes: list[str]) -> np.ndarray:
+    """Indices of the rows without the steps whose rows all equal those of the step before."""
     if not rollouts.has_step:
-        return np.arange(len(rollouts)), 0
+        return np.arange(len(rollouts))
     advantage = rollouts.extra.get("advantage", np.zeros(len(rollouts)))
     columns = [rollouts.prompt, rollouts.completion, advantage, *rollouts.rewards.T]
     # Sorted, so that the order of the rows within a step does not matter.
     order = np.lexsort((*columns[::-1], rollouts.step, rollouts.run))
-    run, step = rollouts.run[order], rollouts.step[order]
-    boundaries: np.ndarray = np.flatnonzero((run[1:] != run[:-1]) | (step[1:] != step[:-1])) + 1
-    tables = np.split(order, boundaries)
+    tables = np.split(order, np.flatnonzero(_starts(order, rollouts.run, rollouts.step))[1:])
 
     def equal(first: np.ndarray, second: np.ndarray) -> bool:
         return rollouts.run[first[0]] == rollouts.run[second[0]] and all(
@@ -230,4 +242,9 @@ def _without_repeated_tables(rollouts: Rollouts) -> tuple[np.ndarray, int]:
     kept: np.ndarray = np.ones(len(rollouts), dtype=bool)
     for table in repeats:
         kept[table] = False
-    return np.flatnonzero(kept), len(repeats)
+    if repeats:
+        notes.append(
+            f"{len(repeats)} logging steps repeat the table of the step before, since the same generation batch was "
+            "trained on again; each batch counts once, at the first step that logged it."
+        )
+    return np.flatnonzero(kept)

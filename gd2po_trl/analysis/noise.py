@@ -11,7 +11,7 @@ from .reading import Rollouts
 
 
 if TYPE_CHECKING:
-    from .statistics import Normalized
+    from .measures import Normalized
 
 # A relation is seen where chance alone would show as strong a one less often than this.
 SIGNIFICANT = 0.003
@@ -34,61 +34,43 @@ def look_like_noise(rollouts: Rollouts, groups: Groups, normalized: "Normalized"
     with the length of the completion nor with another reward. It may still be a reward: those that the policy hits by
     chance look like this at first.
     """
-    starts, group = groups.starts, normalized.group
-    rewards = rollouts.rewards[groups.order]
-    length = _standardized(np.log1p(rollouts.length[groups.order])[:, None], groups)[:, 0]
+    rewards, advantages, scored_by = rollouts.rewards[groups.order], normalized.unweighted, normalized.scored_by
+    lengths = np.log1p(rollouts.length[groups.order])[:, None]
+    others = np.hstack([advantages, groups.centered(lengths, np.ones_like(lengths, dtype=bool))])
     repeats = _repeated_pairs(rollouts, groups)
-    advantages = normalized.unweighted
-    varies = np.logical_or.reduceat(np.abs(advantages) > SIGN_EPS, starts)  # (M, K)
+    varies = groups.any(np.abs(advantages) > SIGN_EPS)  # (M, K)
     verdicts = np.zeros(rewards.shape[1], dtype=bool)
     for k in range(rewards.shape[1]):
-        in_use = varies[group, k] & normalized.scored_by[:, k]
+        in_use = varies[groups.index, k] & scored_by[:, k]
         if varies[:, k].sum() < FEW_GROUPS or in_use.sum() < FEW_ROLLOUTS:
             continue
         same, different = _changed(repeats, rewards[:, k], in_use)
         if same is not None and same > 0.5 * different:
             verdicts[k] = True
-            continue
-        if same == 0.0:
-            continue  # equal texts have equal values, where others differ
-        others = [length, *(advantages[:, j] for j in range(rewards.shape[1]) if j != k)]
-        related = [_correlates(advantages[:, k], other, group, len(starts)) for other in others]
-        verdicts[k] = not any(
-            chance < SIGNIFICANT
-            for chance in [*related, *_between_groups(rewards[:, k], normalized.scored_by[:, k], groups)]
-        )
+        elif same != 0.0:  # else equal texts have equal values, where others differ
+            related = [_correlates(advantages[:, k], other, groups) for j, other in enumerate(others.T) if j != k]
+            related += _between_groups(rewards[:, k], scored_by[:, k], groups)
+            verdicts[k] = not any(chance < SIGNIFICANT for chance in related)
     return verdicts
 
 
-def _standardized(values: np.ndarray, groups: Groups) -> np.ndarray:
-    """`values` `(R, C)` with mean 0 and standard deviation 1 within each group; 0 where a group is constant."""
-    sizes: np.ndarray = np.repeat(groups.sizes, groups.sizes)[:, None]
-    deviation = values - np.repeat(np.add.reduceat(values, groups.starts), groups.sizes, axis=0) / sizes
-    squares = np.repeat(np.add.reduceat(deviation**2, groups.starts), groups.sizes, axis=0)
-    scale = np.sqrt(squares / np.maximum(sizes - 1, 1))
-    return np.where(scale > 1e-9, deviation / np.maximum(scale, 1e-9), 0.0)
-
-
-def _correlates(first: np.ndarray, second: np.ndarray, group: np.ndarray, count: int) -> float:
+def _correlates(first: np.ndarray, second: np.ndarray, groups: Groups) -> float:
     """How often shuffling within groups would give as strong a correlation."""
-    product = np.bincount(group, weights=first * second, minlength=count)
-    squares = [np.bincount(group, weights=values**2, minlength=count) for values in (first, second)]
-    sizes = np.bincount(group, minlength=count)
-    variance = (squares[0] * squares[1] / np.maximum(sizes - 1, 1)).sum()
-    return float(2 * stats.norm.sf(abs(product.sum()) / np.sqrt(variance))) if variance > 0 else 1.0
+    variance = groups.sum(first**2) * groups.sum(second**2) / np.maximum(groups.sizes - 1, 1)
+    if not variance.sum() > 0:
+        return 1.0
+    return float(2 * stats.norm.sf(abs((first * second).sum()) / np.sqrt(variance.sum())))
 
 
 def _between_groups(values: np.ndarray, scored: np.ndarray, groups: Groups) -> list[float]:
     """How often chance alone would spread the group means as far, and tie them to the step as closely."""
-    group = np.repeat(np.arange(len(groups.sizes)), groups.sizes)[scored]
-    values = values[scored]
-    counts = np.bincount(group, minlength=len(groups.sizes))
+    counts = groups.sum(scored)
     present = counts > 0
-    means = np.bincount(group, weights=values, minlength=len(counts)) / np.maximum(counts, 1)
-    within = ((values - means[group]) ** 2).sum()
-    between = (counts * (means - values.mean()) ** 2).sum()
-    freedom = present.sum() - 1, len(values) - present.sum()
-    if freedom[0] < 1 or freedom[1] < 1 or within <= 0:
+    means = groups.sum(np.where(scored, values, 0.0)) / np.maximum(counts, 1)
+    within = (groups.centered(values[:, None], scored[:, None]) ** 2).sum()
+    between = (counts * (means - values[scored].mean()) ** 2).sum()
+    freedom = present.sum() - 1, scored.sum() - present.sum()
+    if min(freedom) < 1 or within <= 0:
         return [0.0]
     chances = [float(stats.f.sf(between / freedom[0] / (within / freedom[1]), *freedom))]
     steps = groups.steps[present]
@@ -99,20 +81,15 @@ def _between_groups(values: np.ndarray, scored: np.ndarray, groups: Groups) -> l
 
 def _repeated_pairs(rollouts: Rollouts, groups: Groups) -> np.ndarray | None:
     """Pairs, `(P, 2)`, of rollouts of a group with equal completions; `None` if most are in such a pair."""
-    group: np.ndarray = np.repeat(np.arange(len(groups.sizes)), groups.sizes)
-    completion = rollouts.completion[groups.order]
+    group, completion = groups.index, rollouts.completion[groups.order]
     order = np.lexsort((completion, group))
     same = (group[order][1:] == group[order][:-1]) & (completion[order][1:] == completion[order][:-1])
-    if same.mean() > MOSTLY_REPEATED:
-        return None
-    return np.stack([order[:-1][same], order[1:][same]], axis=1)
+    return None if same.mean() > MOSTLY_REPEATED else np.stack([order[:-1][same], order[1:][same]], axis=1)
 
 
 def _changed(repeats: np.ndarray | None, values: np.ndarray, in_use: np.ndarray) -> tuple[float | None, float]:
     """The share of the repeated pairs, and of neighbors in general, whose values differ; `None` if too few repeat."""
-    if repeats is None:
-        return None, 0.0
-    pairs = repeats[in_use[repeats].all(1)] if len(repeats) else repeats
+    pairs = [] if repeats is None else repeats[in_use[repeats].all(1)]
     if len(pairs) < FEW_PAIRS:
         return None, 0.0
     neighbors = in_use[1:] & in_use[:-1]

@@ -5,17 +5,16 @@ length. `read_texts` fetches the few texts that a report shows.
 """
 
 import json
-import numbers
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from .. import run_log
 from ..errors import UsageError
 from .formats import (
     CSV_SUFFIXES,
@@ -52,6 +51,7 @@ SURELY_A_TOTAL = re.compile(
 )
 # Text that stands for "no value".
 NO_VALUE = ("", "none", "null", "na", "n/a", "#n/a", "nan", "-", "--", "missing")
+TRUTH = {"true": 1.0, "false": 0.0}
 
 
 @dataclass
@@ -70,9 +70,9 @@ class Rollouts:
             Hashes of the texts.
         length (`np.ndarray` of shape `(N,)`, int64):
             Characters of the completions.
-        run (`np.ndarray` of shape `(N,)`, int32):
-            Which run (folder) the rollout is from.
-        file, row (`np.ndarray` of shape `(N,)`, int32 and int64):
+        run (`np.ndarray` of shape `(N,)`, int64):
+            Which run (folder) the rollout is from. Empty, as the following, for rollouts in memory.
+        file, row (`np.ndarray` of shape `(N,)`, int64):
             Where its texts are.
         extra (`dict[str, np.ndarray]`):
             `advantage` and `gd2po_conflict`, where the first file has them, and `total`, the total reward of a file
@@ -93,12 +93,12 @@ class Rollouts:
     prompt: np.ndarray
     completion: np.ndarray
     length: np.ndarray
-    run: np.ndarray
-    file: np.ndarray
-    row: np.ndarray
-    extra: dict[str, np.ndarray]
-    files: list[Path]
-    layout: Layout
+    run: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    file: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    row: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    extra: dict[str, np.ndarray] = field(default_factory=dict)
+    files: list[Path] = field(default_factory=list)
+    layout: Layout = field(default_factory=Layout)
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -136,51 +136,50 @@ def read_rollouts(sources: Sequence[str | Path], reward_names: Sequence[str] | N
     first = None
     while first is None:
         first = next((chunk for chunk in read_chunks(files[0]) if len(chunk)), None)
-        if first is None and len(files) == 1:
-            raise UsageError(f"'{files[0]}' holds no rows.")
         if first is None:
+            if len(files) == 1:
+                raise UsageError(f"'{files[0]}' holds no rows.")
             notes.append(f"'{files.pop(0)}' holds no rows.")
     layout = find_layout(first.columns, files)
+    total = None
     if reward_names:
-        names, total = list(dict.fromkeys(reward_names)), None
+        names = list(dict.fromkeys(reward_names))
         require(first, files[0], names)
         if texts := [name for name in names if name in (*layout.texts, layout.step)]:
             raise UsageError(f"--rewards names `{texts[0]}`, a column that holds texts or steps and no rewards.")
     else:
         names, total = _detect_rewards(first, files[0], layout, warnings, notes)
-    extra_names = [name for name in ("advantage", "gd2po_conflict") if name in first.columns]
-    extra_names += [total] if total is not None else []
-
+    extras = [name for name in ("advantage", "gd2po_conflict", total) if name in first.columns and name not in names]
     folders = list(dict.fromkeys(file.parent.resolve() for file in files))
-    columns = [*layout.texts, *([layout.step] if layout.step else []), *names, *extra_names]
-    parts: list[dict[str, np.ndarray]] = []
+    # A first file without a step must not be followed by files that have one.
+    stray_step = [] if layout.step or layout.step_in_name else ["step"]
+    columns = [*layout.texts, *([layout.step] if layout.step else stray_step), *names, *extras]
+    parts: list[pd.DataFrame] = []
     replaced: dict[str, list[str]] = {}
     for index, file in enumerate(files):
         # A JSON object may leave out what is null: a reward that did not score the rollout.
-        optional = [*extra_names, *(names if file.suffix.lower() in JSON_SUFFIXES else [])]
-        also = [] if layout.step else ["step"]
-        rows = 0
-        for chunk in read_chunks(file, [*columns, *also], [*optional, *also]):
-            if also and not layout.step_in_name and chunk["step"].notna().any():
+        optional = [*extras, *stray_step, *(names if file.suffix.lower() in JSON_SUFFIXES else [])]
+        row = 0
+        for chunk in read_chunks(file, columns, optional):
+            if stray_step and chunk["step"].notna().any():
                 raise UsageError(
                     f"'{file}' has a column `step` and '{files[0]}' has none; analyze them one after another."
                 )
-            part = _arrays(chunk, file, layout, names, extra_names, rows, replaced)
-            part["file"] = np.full(len(chunk), index, dtype=np.int32)
-            part["run"] = np.full(len(chunk), folders.index(file.parent.resolve()), dtype=np.int32)
-            part["row"] = np.arange(rows, rows + len(chunk))
-            rows += len(chunk)
+            part = _values(chunk, file, layout, [*names, *extras], row, replaced)
+            part["file"], part["run"] = index, folders.index(file.parent.resolve())
+            part["row"] = np.arange(row, row + len(chunk))
+            row += len(chunk)
             parts.append(part)
     for name, cells in replaced.items():
-        shown = ", ".join(repr(text) for text in dict.fromkeys(cells))
+        shown = ", ".join(map(repr, dict.fromkeys(cells)))
         warnings.append(f"{len(cells):,} values of {name} are {shown[:80]}: these rollouts count as not scored by it.")
 
-    joined = {name: np.concatenate([part.pop(name) for part in parts]) for name in list(parts[0])}
-    extra = {"total" if name == total else name: joined[f"extra {name}"] for name in extra_names}
-    names, rewards = _usable(names, joined["rewards"], notes)
+    joined = pd.concat(parts, ignore_index=True)
+    rewards = joined[[f"reward {name}" for name in names]].to_numpy()
+    names, rewards = _usable(names, rewards, notes)
     if len(folders) > 1:
         notes.append(f"Rollouts of {len(folders)} folders are pooled; groups are formed within a folder.")
-    if layout.step is None and not layout.step_in_name:
+    if stray_step:
         notes.append("There is no column `step`: all rows count as one step, so nothing is said about change.")
     if any(map(is_trl_table, files)):
         notes.append(
@@ -190,8 +189,8 @@ def read_rollouts(sources: Sequence[str | Path], reward_names: Sequence[str] | N
     return Rollouts(
         reward_names=names,
         rewards=rewards,
-        **{name: joined[name] for name in ("step", "prompt", "completion", "length", "run", "file", "row")},
-        extra=extra,
+        **{name: joined[name].to_numpy() for name in ("step", "prompt", "completion", "length", "run", "file", "row")},
+        extra={"total" if name == total else name: joined[f"reward {name}"].to_numpy() for name in extras},
         files=files,
         layout=layout,
         warnings=warnings,
@@ -221,22 +220,20 @@ def _usable(names: list[str], rewards: np.ndarray, notes: list[str]) -> tuple[li
 def read_texts(rollouts: Rollouts, indices: Sequence[int]) -> list[tuple[str, str]]:
     """Prompt and completion of the rollouts at `indices`, as plain text, read from their files again."""
     layout = rollouts.layout
-    texts: dict[int, tuple[str, str]] = {}
-    by_file: dict[int, dict[int, int]] = {}
-    for index in indices:
-        by_file.setdefault(int(rollouts.file[index]), {})[int(rollouts.row[index])] = index
-    for file, rows in by_file.items():
-        start = 0
+    texts: dict[tuple[int, int], tuple[str, str]] = {}
+    places = [(int(rollouts.file[index]), int(rollouts.row[index])) for index in indices]
+    for file in {file for file, _ in places}:
+        rows, start = [row for other, row in places if other == file], 0
         for chunk in read_chunks(rollouts.files[file], layout.texts):
-            here = [row for row in rows if start <= row < start + len(chunk)]
-            for row in here:
-                record = chunk.iloc[row - start]
-                prompt = "" if layout.prompt is None else as_text(record[layout.prompt])
-                texts[rows[row]] = (prompt, as_text(record[layout.completion]))
+            for row in rows:
+                if start <= row < start + len(chunk):
+                    record = chunk.iloc[row - start]
+                    prompt = "" if layout.prompt is None else as_text(record[layout.prompt])
+                    texts[file, row] = (prompt, as_text(record[layout.completion]))
             start += len(chunk)
             if start > max(rows):
                 break
-    return [texts[index] for index in indices]
+    return [texts[place] for place in places]
 
 
 def as_text(value: Any) -> str:
@@ -272,34 +269,27 @@ def _detect_rewards(
     chunk: pd.DataFrame, file: Path, layout: Layout, warnings: list[str], notes: list[str]
 ) -> tuple[list[str], str | None]:
     """The names of the reward columns, and of the column that holds their total, if there is one."""
-    logged = {
-        match.group(1)
-        for entry in logged_rewards(file)
-        for key in entry
-        if (match := re.fullmatch(r"rewards/(.+)/mean", key))
-    }
+    logged = run_log.reward_names(logged_rewards(file))
     names = [str(name) for name in chunk.columns if name in logged]
     if names:
         return names, None
     is_typed = file.suffix.lower() not in CSV_SUFFIXES
-    candidates = [
-        str(name)
-        for name in chunk.columns
-        if name not in (*layout.texts, layout.step)
-        and not NOT_A_REWARD.fullmatch(str(name))
-        and (is_typed or not AN_ANSWER.fullmatch(str(name)))
-    ]
-    names, others = [], []
-    for name in candidates:
-        number_share, stray = _number_share(chunk[name], is_typed)
-        if number_share > 0 and stray is None:
+    others = []
+    for name in map(str, chunk.columns):
+        is_answer = not is_typed and AN_ANSWER.fullmatch(name)
+        if name in (*layout.texts, layout.step) or NOT_A_REWARD.fullmatch(name) or is_answer:
+            continue
+        values, strays = _to_numbers(chunk[name], text_counts=not is_typed)
+        found = len(values) if _is_numeric(chunk[name]) else int((~np.isnan(values)).sum())
+        if found and not strays:
             names.append(name)
             continue
         others.append(name)
-        if number_share >= 0.5 and stray is not None:
+        if found >= len(strays) > 0:
             warnings.append(
-                f"{name} is not taken as a reward: {number_share:.0%} of its values are numbers, and one is "
-                f"{stray[:40]!r}. Correct it, or leave the cell empty where the rollout was not scored."
+                f"{name} is not taken as a reward: {found / (found + len(strays)):.0%} of its values are numbers, and "
+                f"one is {str(chunk[name].iloc[strays[0]])[:40]!r}. Correct it, or leave the cell empty where the "
+                "rollout was not scored."
             )
     total = _total(chunk, names, layout)
     if total is not None:
@@ -318,34 +308,6 @@ def _detect_rewards(
     return names, total
 
 
-def _number_share(column: pd.Series, is_typed: bool) -> tuple[float, str | None]:
-    """The share of numbers among the values of a column, and one that is neither a number nor stands for none."""
-    if pd.api.types.is_numeric_dtype(column.dtype):
-        return 1.0, None
-    found, stray, values = 0, None, 0
-    for value in column:
-        if value is None or value is pd.NA or value is pd.NaT:
-            continue
-        if isinstance(value, float) and np.isnan(value):
-            continue
-        if isinstance(value, str) and value.strip().lower() in NO_VALUE:
-            continue
-        values += 1
-        if isinstance(value, (numbers.Real, Decimal, np.bool_)) or (not is_typed and _is_number(value)):
-            found += 1
-        elif stray is None:
-            stray = str(value)
-    return (found / values if values else 0.0), stray
-
-
-def _is_number(value: Any) -> bool:
-    try:
-        _to_number(value)
-    except (TypeError, ValueError, OverflowError):
-        return False
-    return True
-
-
 def _total(chunk: pd.DataFrame, names: list[str], layout: Layout) -> str | None:
     """The column among `names` that is the total of the others."""
     if len(names) < 2:
@@ -355,9 +317,8 @@ def _total(chunk: pd.DataFrame, names: list[str], layout: Layout) -> str | None:
             return name
     for name in names:
         if PERHAPS_A_TOTAL.fullmatch(name):
-            parts = [other for other in names if other != name]
-            values = np.stack([_to_numbers(chunk[part]) for part in parts], axis=1)
-            weights = exact_weights(values, _to_numbers(chunk[name]))
+            parts = [_to_numbers(chunk[other])[0] for other in names if other != name]
+            weights = exact_weights(np.stack(parts, axis=1), _to_numbers(chunk[name])[0])
             if SURELY_A_TOTAL.fullmatch(name) or (len(parts) > 1 and weights is not None):
                 return name
     return None
@@ -366,82 +327,75 @@ def _total(chunk: pd.DataFrame, names: list[str], layout: Layout) -> str | None:
 # Values
 
 
-def _to_numbers(column: pd.Series) -> np.ndarray:
-    """`column` as float64: NaN for null and text that stands for it. Raises where a value is no number."""
-    if pd.api.types.is_numeric_dtype(column.dtype):
-        return column.to_numpy(dtype=np.float64, na_value=np.nan)
-    return np.array([_to_number(value) for value in column], dtype=np.float64)
+def _is_numeric(column: pd.Series) -> bool:
+    return pd.api.types.is_numeric_dtype(column.dtype)
 
 
-def _to_number(value: Any) -> float:
-    if value is None or value is pd.NA or value is pd.NaT:
-        return np.nan
-    if isinstance(value, str):
-        text = value.strip().lower()
-        if text in ("true", "false"):
-            return float(text == "true")
-        if text in NO_VALUE:
-            return np.nan
-    return float(value)
+def _to_numbers(column: pd.Series, *, text_counts: bool = True) -> tuple[np.ndarray, list[int]]:
+    """
+    `column` as float64, NaN for null and text that stands for it, and the rows with neither a number nor null. Whether
+    text that reads as a number is one, `text_counts` says.
+    """
+    if _is_numeric(column):
+        return column.to_numpy(dtype=np.float64, na_value=np.nan), []
+    values, strays = np.full(len(column), np.nan), []
+    for row, value in enumerate(column):
+        text = value.strip().lower() if isinstance(value, str) else None
+        if value is None or value is pd.NA or value is pd.NaT or text in NO_VALUE:
+            continue
+        try:
+            if text is not None and not text_counts:
+                raise ValueError
+            values[row] = TRUTH[text] if text in TRUTH else float(value)
+        except (TypeError, ValueError, OverflowError):
+            strays.append(row)
+    return values, strays
 
 
-def _arrays(
-    chunk: pd.DataFrame,
-    file: Path,
-    layout: Layout,
-    names: list[str],
-    extra_names: list[str],
-    start: int,
-    replaced: dict[str, list[str]],
-) -> dict[str, np.ndarray]:
-    numbers_of = {name: _checked_numbers(chunk[name], file, name, start) for name in [*names, *extra_names]}
+def _checked_numbers(chunk: pd.DataFrame, name: str, file: Path, start: int) -> np.ndarray:
+    values, strays = _to_numbers(chunk[name])
+    if strays:
+        raise UsageError(
+            f"'{file}', row {start + strays[0] + 1}: `{name}` is {str(chunk[name].iloc[strays[0]])[:40]!r}; the "
+            f"column `{name}` is not numeric. Correct the value, leave it empty if the rollout was not scored, or "
+            "name the reward columns with --rewards."
+        )
+    return values
+
+
+def _values(
+    chunk: pd.DataFrame, file: Path, layout: Layout, names: list[str], start: int, replaced: dict[str, list[str]]
+) -> pd.DataFrame:
+    """The rows of `chunk` with hashes for texts and numbers for the columns `names`, called `reward <name>`."""
+    columns = {f"reward {name}": _checked_numbers(chunk, name, file, start) for name in names}
     for name in names:
-        if not pd.api.types.is_numeric_dtype(chunk[name].dtype):
-            texts = [
-                value for value in chunk[name] if isinstance(value, str) and value.strip().lower() in NO_VALUE[1:]
-            ]
-            if texts:
-                replaced.setdefault(name, []).extend(texts)
-    hashes, lengths = hash_texts(chunk[layout.completion])
-    arrays = {
-        "prompt": np.zeros(len(chunk), dtype=np.uint64),
-        "completion": hashes,
-        "length": lengths,
-        "rewards": np.stack([numbers_of[name] for name in names], axis=1),
-        "step": np.full(len(chunk), step_in_name(file) if layout.step_in_name else 0, dtype=np.int64),
-    }
+        column = [] if _is_numeric(chunk[name]) else chunk[name]
+        cells = [cell for cell in column if isinstance(cell, str) and cell.strip().lower() in NO_VALUE[1:]]
+        if cells:
+            replaced.setdefault(name, []).extend(cells)
+    columns["completion"], columns["length"] = hash_texts(chunk[layout.completion])
+    columns["prompt"] = np.zeros(len(chunk), dtype=np.uint64)
     if layout.prompt is not None:
-        arrays["prompt"], _ = hash_texts(chunk[layout.prompt])
+        prompts = chunk[layout.prompt]
+        columns["prompt"], _ = hash_texts(prompts)
         # Once for each prompt, of which there are fewer than rows.
-        _, first_rows = np.unique(arrays["prompt"], return_index=True)
-        empty = sorted(row for row in first_rows.tolist() if _is_empty(chunk[layout.prompt].iloc[row]))
+        _, first_rows = np.unique(columns["prompt"], return_index=True)
+        empty = sorted(row for row in first_rows.tolist() if _is_empty(prompts.iloc[row]))
         if empty:
             raise UsageError(
                 f"'{file}', row {start + empty[0] + 1} has no prompt: `{layout.prompt}` is null or empty there. "
                 "Rollouts are compared with those of the same prompt; fill the column."
             )
+    steps = np.full(len(chunk), step_in_name(file) if layout.step_in_name else 0.0)
     if layout.step is not None:
-        steps = _checked_numbers(chunk[layout.step], file, layout.step, start)
+        steps = _checked_numbers(chunk, layout.step, file, start)
         wrong = np.flatnonzero(~((np.abs(steps) < 2**53) & (steps == np.floor(steps))))
         if len(wrong):
             raise UsageError(
-                f"'{file}', row {start + wrong[0] + 1}: the `{layout.step}` {steps[wrong[0]]:g} is no whole number. "
-                "Number the steps 0, 1, 2, …, or remove the column."
+                f"'{file}', row {start + wrong[0] + 1}: the `{layout.step}` {steps[wrong[0]]:g} is not a whole "
+                "number. Number the steps 0, 1, 2, …, or remove the column."
             )
-        arrays["step"] = steps.astype(np.int64)
-    return {**arrays, **{f"extra {name}": numbers_of[name] for name in extra_names}}
-
-
-def _checked_numbers(column: pd.Series, file: Path, name: str, start: int) -> np.ndarray:
-    try:
-        return _to_numbers(column)
-    except (TypeError, ValueError, OverflowError) as error:
-        row = next(index for index, value in enumerate(column) if not _is_number(value))
-        raise UsageError(
-            f"'{file}', row {start + row + 1}: `{name}` is {str(column.iloc[row])[:40]!r}; the column `{name}` is not "
-            "numeric. Correct the value, leave it empty if the rollout was not scored, or name the reward columns "
-            "with --rewards."
-        ) from error
+    return pd.DataFrame(columns | {"step": steps.astype(np.int64)})
 
 
 def _is_empty(prompt: Any) -> bool:

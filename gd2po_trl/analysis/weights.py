@@ -1,9 +1,8 @@
 """The weights that a run gave its rewards: from its recipe, its log, or a total beside the rewards."""
 
-import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +10,13 @@ import numpy as np
 import yaml
 
 from ..errors import UsageError
+from ..run_log import LogHistory, checkpoints_of, read_state
 
 
 if TYPE_CHECKING:
     from .groups import Groups
+    from .measures import Normalized
     from .reading import Rollouts
-    from .statistics import Normalized
 
 # Totals within this of the weighted sum of the rewards, relative to their size, agree with it.
 TOLERANCE = 1e-3
@@ -41,10 +41,10 @@ class Weights:
     values: np.ndarray
     source: str
     scale_rewards: str
-    warnings: list[str]
+    warnings: list[str] = field(default_factory=list)
 
 
-def find_weights(rollouts: "Rollouts", groups: "Groups", given: Sequence[float] | None = None) -> Weights:
+def find_weights(rollouts: "Rollouts", given: Sequence[float] | None = None) -> Weights:
     """
     The weights of the run behind `rollouts`.
 
@@ -52,8 +52,8 @@ def find_weights(rollouts: "Rollouts", groups: "Groups", given: Sequence[float] 
     totals in its `trainer_state.json`; those that reproduce a column with totals; 1 each.
 
     Args:
-        rollouts ([`Rollouts`]), groups ([`Groups`]):
-            The data and its groups.
+        rollouts ([`Rollouts`]):
+            The data.
         given (sequence of `float`, *optional*):
             Weights in the order of the rewards.
 
@@ -61,18 +61,19 @@ def find_weights(rollouts: "Rollouts", groups: "Groups", given: Sequence[float] 
         [`UsageError`]: if there are more or fewer weights `given` than rewards.
     """
     names = rollouts.reward_names
-    settings = [_recipe_settings(folder, names) for folder in _folders(rollouts)]
-    weights_of_runs, scales = zip(*settings, strict=True)
-    scale, warnings = scales[0], []
+    runs = dict.fromkeys(map(_run_folder, rollouts.files))
+    weights_of_runs, (scale, *_) = zip(*(_recipe_settings(folder, names) for folder in runs), strict=True)
+    ones, first = np.ones(len(names)), weights_of_runs[0]
     if given is not None:
         if len(given) != len(names):
             raise UsageError(
                 f"--reward-weights has {len(given)} entries for the {len(names)} rewards {', '.join(names)}. Give one "
                 "for each, in this order."
             )
-        return Weights(np.array(given, dtype=np.float64), "given", scale, [])
-    if weights_of_runs[0] is not None:
-        if any(other is not None and other != weights_of_runs[0] for other in weights_of_runs):
+        return Weights(np.array(given, dtype=np.float64), "given", scale)
+    if first is not None:
+        warnings = []
+        if any(other not in (None, first) for other in weights_of_runs):
             warnings.append(
                 "The runs have different `reward_weights`; those of the first are taken for all. Analyze them apart."
             )
@@ -81,39 +82,34 @@ def find_weights(rollouts: "Rollouts", groups: "Groups", given: Sequence[float] 
                 "The run changed the weights on the way (`reward_weight_schedules`); here its `reward_weights` count "
                 "throughout. --reward-weights gives other ones."
             )
-        return Weights(np.array(weights_of_runs[0]), "recipe.yaml", scale, warnings)
-    values, totals = _logged_means(rollouts, groups)
+        return Weights(np.array(first), "recipe.yaml", scale, warnings)
+    values, totals = _logged_means(rollouts)
     fitted = exact_weights(values, totals)
     if fitted is not None:
-        return Weights(fitted, "the totals in trainer_state.json", scale, [])
-    if len(totals) and not _agrees(values @ np.ones(len(names)), totals):
-        warnings.append(
+        return Weights(fitted, "the totals in trainer_state.json", scale)
+    if len(totals) and not _agrees(values @ ones, totals):
+        warning = (
             f"The weights of the rewards are not known and are taken as 1: the run's log has a total reward of "
             f"{totals[-1]:.3g} where these give {values[-1].sum():.3g}. Pass its --reward-weights, or all of its "
             "--rewards."
         )
-        return Weights(np.ones(len(names)), "assumed", scale, warnings)
-    if "total" in rollouts.extra:
-        return _from_column(rollouts, scale)
-    return Weights(np.ones(len(names)), "the log" if len(totals) else "assumed", scale, [])
-
-
-def _from_column(rollouts: "Rollouts", scale: str) -> Weights:
-    names = rollouts.reward_names
+        return Weights(ones, "assumed", scale, [warning])
+    if "total" not in rollouts.extra:
+        return Weights(ones, "the log" if len(totals) else "assumed", scale)
     fitted = exact_weights(np.nan_to_num(rollouts.rewards), rollouts.extra["total"])
     if fitted is None:
-        warning = "The column with the total is no weighted sum of the rewards, which count with weight 1 each."
-        return Weights(np.ones(len(names)), "assumed", scale, [f"{warning} --reward-weights gives other weights."])
-    absent = [name for name, weight in zip(names, fitted, strict=True) if weight == 0]
-    if absent:
-        # What the program did with them beyond this total is not known, so that they are looked at nevertheless.
-        fitted = np.where(fitted == 0, 1.0, fitted)
         warning = (
-            f"The column with the total leaves out {', '.join(absent)}: taken with weight 1. If it was only watched, "
-            "pass --reward-weights with 0 for it."
+            "The column with the total is not a weighted sum of the rewards, which count with weight 1 each. "
+            "--reward-weights gives other weights."
         )
-        return Weights(fitted, "the column with the total", scale, [warning])
-    return Weights(fitted, "the column with the total", scale, [])
+        return Weights(ones, "assumed", scale, [warning])
+    # What the program did with rewards beyond this total is not known, so that they are looked at nevertheless.
+    absent = [name for name, weight in zip(names, fitted, strict=True) if weight == 0]
+    warning = (
+        f"The column with the total leaves out {', '.join(absent)}: taken with weight 1. If it was only watched, "
+        "pass --reward-weights with 0 for it."
+    )
+    return Weights(np.where(fitted == 0, 1.0, fitted), "the column with the total", scale, [warning] * bool(absent))
 
 
 def exact_weights(values: np.ndarray, totals: np.ndarray) -> np.ndarray | None:
@@ -165,17 +161,12 @@ def doubts(rollouts: "Rollouts", groups: "Groups", normalized: "Normalized") -> 
 # The files of a run
 
 
-def logged_rewards(file: Path) -> list[dict[str, float]]:
-    """The log entries with rewards in the `trainer_state.json` of the run of `file`; `[]` if there is none."""
+def logged_rewards(file: Path) -> LogHistory:
+    """The log entries with rewards that the run of `file` left, or its newest checkpoint; `[]` if there is none."""
     run = _run_folder(file)
-    checkpoints = [path for path in run.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
-    newest_first = sorted(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-    for candidate in (run, *newest_first):
-        try:
-            history = json.loads((candidate / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
-            entries = [entry for entry in history if isinstance(entry, dict) and "reward" in entry]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
+    for folder in (run, *checkpoints_of(run)):
+        state = read_state(folder) or {"log_history": []}
+        entries = [entry for entry in state["log_history"] if isinstance(entry, dict) and "reward" in entry]
         if entries:
             return entries
     return []
@@ -184,10 +175,6 @@ def logged_rewards(file: Path) -> list[dict[str, float]]:
 def _run_folder(file: Path) -> Path:
     folder = file.resolve().parent
     return folder.parent if folder.name == "completions" else folder
-
-
-def _folders(rollouts: "Rollouts") -> list[Path]:
-    return list(dict.fromkeys(map(_run_folder, rollouts.files)))
 
 
 def _recipe_settings(folder: Path, names: list[str]) -> tuple[list[float] | None, str]:
@@ -205,12 +192,11 @@ def _recipe_settings(folder: Path, names: list[str]) -> tuple[list[float] | None
         return None, scale
     by_name = dict(zip(labels, weights, strict=True))
     chosen = [by_name.get(name) for name in names]
-    if not all(isinstance(weight, (int, float)) and math.isfinite(weight) for weight in chosen):
-        return None, scale
-    return [float(weight) for weight in chosen if weight is not None], scale
+    is_known = all(isinstance(weight, (int, float)) and math.isfinite(weight) for weight in chosen)
+    return list(map(float, chosen)) if is_known else None, scale
 
 
-def _logged_means(rollouts: "Rollouts", groups: "Groups") -> tuple[np.ndarray, np.ndarray]:
+def _logged_means(rollouts: "Rollouts") -> tuple[np.ndarray, np.ndarray]:
     """The mean reward of each logged step, unscored counting 0 as in the total, `(L, K)`, and the total, `(L,)`."""
     names = rollouts.reward_names
     keys = [f"rewards/{name}/mean" for name in names]

@@ -12,7 +12,7 @@ from ..errors import UsageError
 
 DESCRIPTION = """
 Trains a recipe with several methods and seeds and tells their results apart from noise: final value and mean over
-training of every reward, of their normalised sum and of the worst of them, at equal steps, trained tokens and time;
+training of every reward, of their normalized sum and of the worst of them, at equal steps, trained tokens and time;
 confidence intervals over the seeds and paired tests against GDPO. Started again, it goes on where it was stopped.
 """
 EPILOG = """
@@ -27,40 +27,30 @@ examples:
 
 def main(argv: list[str]) -> int:
     """Run `gd2po compare`; the exit status, 1 if a run failed."""
-    arguments = _parser().parse_args(argv)
+    arguments = vars(_parser().parse_args(argv))
 
-    from ..comparison.display import print_results
-    from ..comparison.experiment import Experiment
-    from ..comparison.variants import make_variants, mask_secrets, parse_settings
-    from ..gd2po_config import METHODS
+    from ..comparison import compare
+    from ..comparison.presentation import print_results
+    from ..comparison.variants import mask_secrets, parse_settings
     from ..terminal import set_up_logging
 
     set_up_logging()
-    experiment = Experiment(
-        config=arguments.config,
-        variants=make_variants(
-            list(METHODS) if arguments.methods is None else arguments.methods,
-            arguments.variant,
-            match_whitening=arguments.match_whitening,
-            known_methods=list(METHODS),
-        ),
-        seeds=arguments.seeds,
-        overrides=parse_settings(arguments.set, "--set"),
-        baseline=arguments.baseline,
-        learning_rates=arguments.learning_rates,
-        tuning_seeds=arguments.tuning_seeds,
-        ranges=_parse_ranges(arguments.ranges),
-        measure=arguments.measure,
-        match_whitening=arguments.match_whitening,
-        jobs=arguments.jobs,
-        devices=arguments.devices,
-        launch=tuple(shlex.split(arguments.launch)),
-        output=arguments.output,
-        caption=f"gd2po compare {shlex.join(mask_secrets(argv))}",
-    )
+    variants: dict[str, dict[str, Any]] = {}
+    for words in arguments.pop("variant"):
+        if len(words) < 2:
+            raise UsageError(f"--variant {' '.join(words)}: give a name, a method and key=value settings.")
+        if words[0] in variants:
+            raise UsageError(f"Two variants are called '{words[0]}'.")
+        variants[words[0]] = {"method": words[1], **parse_settings(words[2:], "--variant")}
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        results = experiment.run()
+        results = compare(
+            settings=parse_settings(arguments.pop("set"), "--set"),
+            variants=variants,
+            ranges=_parse_ranges(arguments.pop("ranges")),
+            caption=f"gd2po compare {shlex.join(mask_secrets(argv))}",
+            **arguments,
+        )
     finally:
         signal.signal(signal.SIGTERM, previous)
     print_results(results)
@@ -121,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="REWARD=LOW:HIGH",
-        help="range that a reward is normalised by (default: lowest and highest batch mean of all runs)",
+        help="range that a reward is normalized by (default: lowest and highest batch mean of all runs)",
     )
     parser.add_argument(
         "--measure",

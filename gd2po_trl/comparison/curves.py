@@ -139,7 +139,7 @@ def counted_rewards(ranges: dict[str, tuple[float, float]], weights: dict[str, f
     return [name for name, (low, high) in ranges.items() if weights[name] != 0 and high > low]
 
 
-def normalised(
+def normalized(
     rewards: dict[str, np.ndarray], ranges: dict[str, tuple[float, float]], weights: dict[str, float]
 ) -> dict[str, np.ndarray]:
     """
@@ -160,11 +160,11 @@ def quantity_curves(
     run: Curves, ranges: dict[str, tuple[float, float]], weights: dict[str, float]
 ) -> dict[str, np.ndarray]:
     """
-    The curves that are compared: every reward, the sum of the normalised rewards, and the worst of them.
+    The curves that are compared: every reward, the sum of the normalized rewards, and the worst of them.
 
     Sum and worst are 0 throughout if no reward counts.
     """
-    shares = np.stack(list(normalised(run.rewards, ranges, weights).values()) or [np.zeros_like(run.spent["steps"])])
+    shares = np.stack(list(normalized(run.rewards, ranges, weights).values()) or [np.zeros_like(run.spent["steps"])])
     return {**run.rewards, "sum": shares.sum(0), "worst": shares.min(0)}
 
 
@@ -175,7 +175,7 @@ def quantity_values(
     `{axis: {"final" | "area": {quantity: value}}}` of one run.
 
     `final` is the mean over the last `final_share` of the axis's budget, `area` the mean over the whole of it. The
-    final `worst` is the lowest of the final normalised rewards.
+    final `worst` is the lowest of the final normalized rewards.
     """
     curves = quantity_curves(run, ranges, weights)
     result = {}
@@ -183,7 +183,7 @@ def quantity_values(
         spent, start = run.spent[axis], budget * (1 - run.final_share)
         final = {name: mean_between(spent, curve, start, budget) for name, curve in curves.items()}
         ends = {name: np.array(final[name]) for name in run.rewards}
-        final["worst"] = float(min(normalised(ends, ranges, weights).values(), default=0.0))
+        final["worst"] = float(min(normalized(ends, ranges, weights).values(), default=0.0))
         area = {name: mean_between(spent, curve, 0.0, budget) for name, curve in curves.items()}
         result[axis] = {"final": final, "area": area}
     return result

@@ -3,13 +3,14 @@
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
 from .curves import Curves, read_curves
-from .results import Results, evaluate
+from .presentation import Display, markdown, write_results
+from .results import Results, choose_learning_rates, evaluate
 from .running import Outcome, Run, launched_processes, run_all, train_command
 from .variants import LADDER, MATCHED_WHITENING, Variant, check_variants, make_variant, option_words
 
@@ -38,6 +39,7 @@ def compare(
     devices: Sequence[str] = (),
     launch: str = "",
     output: str | Path = "outputs/comparison",
+    caption: str | None = None,
 ) -> Results:
     """
     Train a recipe with several methods and seeds, and tell their results apart from noise, as `gd2po compare` does.
@@ -76,12 +78,15 @@ def compare(
             Words for `accelerate launch`, which then starts each run, such as
             `"--config_file recipes/accelerate_configs/fsdp2.yaml"`.
         output (`str` or `Path`, *optional*, defaults to `"outputs/comparison"`): Folder of the runs and the report.
+        caption (`str`, *optional*): The command that the report names.
 
     Returns:
         [`Results`]: tables, intervals and tests, `verdict`, `to_frame()` and, in a notebook, the report.
 
     Raises:
-        [`UsageError`]: for a mistake in the arguments or the recipe, which is found before the first run starts.
+        [`UsageError`]: for a mistake in the arguments or the recipe, which is found before the first run starts, if
+            another comparison is at work in the same folder, a folder holds a run with other settings, or a run ended
+            because its input is wrong.
     """
     from ..gd2po_config import METHODS
 
@@ -89,22 +94,25 @@ def compare(
     for name, keys in (variants or {}).items():
         own = dict(keys)
         chosen.append(make_variant(str(own.pop("method", "")), name, option_words(own, f"variant '{name}'")))
+    chosen += MATCHED_WHITENING if match_whitening else ()
+    check_variants(chosen)
+    names = [variant.name for variant in chosen]
     experiment = Experiment(
         config=Path(config),
-        variants=chosen + list(MATCHED_WHITENING if match_whitening else ()),
+        variants=chosen,
         seeds=seeds,
         overrides=option_words(settings or {}, "settings"),
-        baseline=baseline,
-        learning_rates=list(learning_rates),
+        baseline=baseline or ("gdpo" if "gdpo" in names else names[0]),
+        learning_rates=learning_rates,
         tuning_seeds=tuning_seeds,
         ranges=dict(ranges or {}),
         measure=measure,
         match_whitening=match_whitening,
         jobs=jobs,
-        devices=list(devices),
+        devices=devices,
         launch=tuple(shlex.split(launch)),
         output=Path(output),
-        caption=f"compare({str(config)!r}, seeds={seeds})",
+        caption=caption or f"compare({str(config)!r}, seeds={seeds})",
     )
     return experiment.run()
 
@@ -119,19 +127,19 @@ class Experiment:
 
     config: Path
     variants: list[Variant]
-    seeds: int = 5
-    overrides: tuple[str, ...] = ()
-    baseline: str | None = None
-    learning_rates: list[float] = field(default_factory=list)
-    tuning_seeds: int = 2
-    ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
-    measure: str = "train"
-    match_whitening: bool = False
-    jobs: int = 1
-    devices: list[str] = field(default_factory=list)
-    launch: tuple[str, ...] = ()
-    output: Path = Path("outputs/comparison")
-    caption: str = ""
+    seeds: int
+    overrides: tuple[str, ...]
+    baseline: str
+    learning_rates: Sequence[float]
+    tuning_seeds: int
+    ranges: dict[str, tuple[float, float]]
+    measure: str
+    match_whitening: bool
+    jobs: int
+    devices: Sequence[str]
+    launch: tuple[str, ...]
+    output: Path
+    caption: str
 
     def __post_init__(self):
         from ..estimators import load_estimator
@@ -139,10 +147,6 @@ class Experiment:
 
         self._check()
         self.processes = launched_processes(self.launch)
-        names = [variant.name for variant in self.variants]
-        self.baseline = self.baseline or ("gdpo" if "gdpo" in names else names[0])
-        if self.baseline not in names:
-            raise UsageError(f"--baseline '{self.baseline}' is none of the variants: {', '.join(names)}.")
         self.recipes = {
             variant.name: load_recipe(self.config, (*self.overrides, *variant.overrides, "--method", variant.method))
             for variant in self.variants
@@ -151,11 +155,10 @@ class Experiment:
             load_estimator(recipe.training.estimator, recipe.training.estimator_kwargs)
         _check_recipes(self.recipes, measure=self.measure)
         first, *others = self.recipes
-        labels = self.recipes[first].arguments.reward_funcs
         self.weights = _weights(self.recipes[first])
         if not any(self.weights.values()):
             raise UsageError("All `reward_weights` are 0: there is nothing to compare.")
-        differing = [name for name in others if _directions(_weights(self.recipes[name])) != _directions(self.weights)]
+        differing = [name for name in others if _directions(self.recipes[name]) != _directions(self.recipes[first])]
         self.weights_note = (
             f"`reward_weights` say which rewards `sum` and `worst` are made of, and that low is good where one is "
             f"negative. Those of {first} are used for all; {', '.join(differing)} trained with others."
@@ -163,43 +166,31 @@ class Experiment:
             else ""
         )
         for name, (low, high) in self.ranges.items():
-            if name not in labels:
-                raise UsageError(f"--ranges {name}=...: '{name}' is none of the rewards ({', '.join(labels)}).")
+            if name not in self.weights:
+                raise UsageError(f"--ranges: '{name}' is none of the rewards ({', '.join(self.weights)}).")
             if not low < high:
                 raise UsageError(f"--ranges {name}={low:g}:{high:g}: the range is empty.")
 
     def _check(self) -> None:
-        from ..gd2po_config import METHODS
-
-        check_variants(self.variants, list(METHODS))
-        for name, least in (("seeds", 1), ("tuning_seeds", 1), ("jobs", 1)):
-            if getattr(self, name) < least:
+        names = [variant.name for variant in self.variants]
+        if self.baseline not in names:
+            raise UsageError(f"--baseline '{self.baseline}' is none of the variants: {', '.join(names)}.")
+        for name in ("seeds", "tuning_seeds", "jobs"):
+            if getattr(self, name) < 1:
                 option = f"--{name.replace('_', '-')}"
-                raise UsageError(f"{option} is {getattr(self, name)}; it must be at least {least}.")
-        if self.seeds >= FIRST_TUNING_SEED:
-            raise UsageError(f"--seeds is {self.seeds}; it must be below {FIRST_TUNING_SEED}.")
+                raise UsageError(f"{option} is {getattr(self, name)}; it must be at least 1.")
         if len(set(self.devices)) < len(self.devices):
             raise UsageError("--devices names a device twice; each has one run at a time.")
         if self.measure not in ("train", "eval"):
             raise UsageError(f"--measure is {self.measure!r}; it must be 'train' or 'eval'.")
-        for rate in self.learning_rates:
-            if not 0 < rate < float("inf"):
-                raise UsageError(f"--learning-rates has {rate:g}; a learning rate is positive.")
-        if self.learning_rates:
-            for variant in self.variants:
-                if "--learning_rate" in (*self.overrides, *variant.overrides):
-                    raise UsageError("--learning-rates chooses `learning_rate`: leave it out of --set and --variant.")
-        if self.output.exists() and not self.output.is_dir():
-            raise UsageError(f"--output '{self.output}' is a file; name a folder.")
+        if any(not 0 < rate < float("inf") for rate in self.learning_rates):
+            raise UsageError(f"--learning-rates has {min(self.learning_rates):g}; a learning rate is positive.")
+        overrides = [self.overrides, *(variant.overrides for variant in self.variants)]
+        if self.learning_rates and any("--learning_rate" in words for words in overrides):
+            raise UsageError("--learning-rates chooses `learning_rate`: leave it out of --set and --variant.")
 
     def run(self) -> Results:
-        """
-        Train what is not trained yet, evaluate, and write the report.
-
-        Raises:
-            [`UsageError`]: if another comparison is at work in the same folder, a folder holds a run with other
-                settings, or a run ended because its input is wrong.
-        """
+        """Train what is not trained yet, evaluate, and write the report."""
         from filelock import FileLock, Timeout
 
         try:
@@ -218,11 +209,9 @@ class Experiment:
             lock.release()
 
     def _run(self) -> Results:
-        from .display import Display
-
         seeds = list(range(1, self.seeds + 1))
         display = Display()
-        display.plan(self)
+        self._announce(display)
         rates, search = self._choose_learning_rates(display) if self.learning_rates else ({}, [])
         runs = {
             variant.name: [
@@ -234,73 +223,74 @@ class Experiment:
         in_order = [runs[variant.name][index] for index in range(len(seeds)) for variant in self.variants]
         outcomes = self._train(in_order, display)
         results = evaluate(
-            {variant.name: [outcomes[run.folder] for run in runs[variant.name]] for variant in self.variants},
+            {name: [outcomes[run.folder] for run in some] for name, some in runs.items()},
             self.variants,
             seeds,
-            baseline=self.baseline or "",
+            baseline=self.baseline,
             weights=self.weights,
             ranges=self.ranges,
             contrasts=LADDER if self.match_whitening else (),
         )
-        self._write(results, rates, search)
+        results.learning_rates, results.folder = rates, self.output
+        self._write(results, search)
         return results
 
-    def _write(self, results: Results, rates: dict[str, float], search: list[dict[str, Any]]) -> None:
-        from .figures import draw_curves, draw_trade_off
-        from .learning_rates import search_table
-        from .report import markdown, write_json
+    def _announce(self, display: Display) -> None:
+        names, many = [variant.name for variant in self.variants], "s" if self.seeds > 1 else ""
+        count = len(names) * self.seeds
+        places = (
+            f"one at a time on each of the devices {', '.join(self.devices)}"
+            if self.devices
+            else f"{self.jobs} at a time"
+        )
+        display.line(
+            f"{count} run{'s' if count > 1 else ''}: {', '.join(names)}, each with {self.seeds} seed{many}, {places}. "
+            f"Compared with {self.baseline}. Logs and results go to {self.output}."
+        )
+        if self.learning_rates:
+            tuning = len(names) * len(self.learning_rates) * self.tuning_seeds
+            display.line(f"Before that, {tuning} runs choose the learning rates.")
 
-        text = markdown(results, self.caption, rates)
-        if self.weights_note:
-            text += f"\n{self.weights_note}\n"
-        if search:
-            text += f"\n{search_table(search, self._tuning_seeds())}\n"
-        results.report, results.learning_rates, results.folder = text, rates, self.output
+    def _write(self, results: Results, search: list[dict[str, Any]]) -> None:
+        from .figures import draw_curves, draw_trade_off
+
+        results.report = markdown(results, self.caption, search, self.weights_note)
         results.notes += [self.weights_note] * bool(self.weights_note)
-        (self.output / "report.md").write_text(text, encoding="utf-8")
-        write_json(self.output / "results.json", results, self.caption, rates, search)
+        (self.output / "report.md").write_text(results.report, encoding="utf-8")
+        write_results(self.output / "results.json", results, self.caption, search)
         results.written = ["report.md", "results.json"]
-        if len(results.failures) < len(self.variants) * self.seeds:
-            draw_curves(results, self.weights, self.output / "curves.png")
+        if results.finished:
+            draw_curves(results, self.output / "curves.png")
             draw_trade_off(results, self.output / "trade_off.png")
             results.written += ["curves.png", "trade_off.png"]
 
-    def _choose_learning_rates(self, display: Any) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        from .learning_rates import choose_learning_rates
-
+    def _choose_learning_rates(self, display: Display) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        seeds = range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + self.tuning_seeds)
         runs = {
-            variant.name: {
-                rate: [
-                    self._make_run(variant, seed, self.output / "tuning" / variant.name / f"{rate:g}", rate)
-                    for seed in self._tuning_seeds()
-                ]
-                for rate in self.learning_rates
-            }
+            (variant.name, rate): [
+                self._make_run(variant, seed, self.output / "tuning" / variant.name / f"{rate:g}", rate)
+                for seed in seeds
+            ]
             for variant in self.variants
+            for rate in self.learning_rates
         }
-        display.line(f"Choosing learning rates on seeds {', '.join(map(str, self._tuning_seeds()))}.")
-        in_order = [run for by_rate in runs.values() for rate in by_rate for run in by_rate[rate]]
-        outcomes = self._train(in_order, display)
-        curves = {
-            name: {rate: [outcomes[run.folder][1] for run in some] for rate, some in by_rate.items()}
-            for name, by_rate in runs.items()
-        }
+        display.line(f"Choosing learning rates on seeds {', '.join(map(str, seeds))}.")
+        outcomes = self._train([run for some in runs.values() for run in some], display)
+        curves: dict[str, dict[float, list[Curves | None]]] = {variant.name: {} for variant in self.variants}
+        for (name, rate), some in runs.items():
+            curves[name][rate] = [outcomes[run.folder][1] for run in some]
         rates, search = choose_learning_rates(curves, self.weights, self.ranges)
-        for variant in self.variants:
-            if variant.name not in rates:
-                folder = self.output / "tuning" / variant.name
-                raise UsageError(f"{variant.name} fails at every learning rate tried; the logs are in '{folder}'.")
-            display.line(f"Learning rate of {variant.name}: {rates[variant.name]:g}")
+        for name in curves:
+            if name not in rates:
+                folder = self.output / "tuning" / name
+                raise UsageError(f"{name} fails at every learning rate tried; the logs are in '{folder}'.")
+            display.line(f"Learning rate of {name}: {rates[name]:g}")
         return rates, search
-
-    def _tuning_seeds(self) -> list[int]:
-        return list(range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + self.tuning_seeds))
 
     def _make_run(self, variant: Variant, seed: int, parent: Path, learning_rate: float | None) -> Run:
         settings = {**self.recipes[variant.name].settings, "seed": seed}
-        settings = {
-            key: value for key, value in settings.items() if key not in ("output_dir", "resume_from_checkpoint")
-        }
+        for key in ("output_dir", "resume_from_checkpoint"):
+            settings.pop(key, None)
         overrides = list(self.overrides)
         if learning_rate is not None:
             settings["learning_rate"] = learning_rate
@@ -309,7 +299,7 @@ class Experiment:
         command = train_command(self.config, variant, seed, folder, overrides, self.launch)
         return Run(variant, seed, folder, command, json.loads(json.dumps(settings, default=str)))
 
-    def _train(self, runs: list[Run], display: Any) -> dict[Path, tuple[Outcome, Curves | None]]:
+    def _train(self, runs: list[Run], display: Display) -> dict[Path, tuple[Outcome, Curves | None]]:
         with display:
             outcomes = run_all(runs, jobs=self.jobs, devices=self.devices, report=display.line, watch=display.watch)
         result: dict[Path, tuple[Outcome, Curves | None]] = {}
@@ -330,17 +320,17 @@ def _check_recipes(recipes: "dict[str, Recipe]", *, measure: str) -> None:
     first = next(iter(recipes))
     rewards = recipes[first].arguments.reward_funcs
     for name, recipe in recipes.items():
-        if set(recipe.arguments.reward_funcs) != set(rewards):
+        arguments = recipe.arguments
+        if set(arguments.reward_funcs) != set(rewards):
             raise UsageError(
-                f"{name} has the rewards {', '.join(recipe.arguments.reward_funcs)}, and {first} has "
-                f"{', '.join(rewards)}; only runs with the same rewards can be compared. A reward of weight 0 "
-                "(`reward_weights`) is logged and not trained on."
+                f"{name} has the rewards {', '.join(arguments.reward_funcs)}, and {first} has {', '.join(rewards)}; "
+                "only runs with the same rewards can be compared. A reward of weight 0 (`reward_weights`) is logged "
+                "and not trained on."
             )
-        if measure == "eval" and isinstance(recipe.arguments.eval_dataset, dict):
+        if measure == "eval" and isinstance(arguments.eval_dataset, dict):
             raise UsageError(
-                f"--measure eval: {name}: `eval_dataset` holds several sets "
-                f"({', '.join(recipe.arguments.eval_dataset)}), and a comparison has one measure. Name one of them, "
-                "such as --set eval_dataset=pku_saferlhf."
+                f"--measure eval: {name}: `eval_dataset` holds several sets ({', '.join(arguments.eval_dataset)}), "
+                "and a comparison has one measure. Name one of them, such as --set eval_dataset=pku_saferlhf."
             )
         if measure == "eval" and recipe.training.eval_strategy == "no":
             raise UsageError(
@@ -354,6 +344,6 @@ def _weights(recipe: "Recipe") -> dict[str, float]:
     return dict(zip(labels, recipe.training.reward_weights or [1.0] * len(labels), strict=True))
 
 
-def _directions(weights: dict[str, float]) -> dict[str, int]:
+def _directions(recipe: "Recipe") -> dict[str, int]:
     """Per reward 1, -1, or 0 where it has no weight."""
-    return {name: (weight > 0) - (weight < 0) for name, weight in weights.items()}
+    return {name: (weight > 0) - (weight < 0) for name, weight in _weights(recipe).items()}

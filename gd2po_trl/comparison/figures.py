@@ -7,13 +7,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from ..reporting import MUTED, PALETTE
 from .curves import AXES, quantity_curves
 from .results import Results
-from .statistics import mean_interval
+from .seed_statistics import mean_interval
 
 
-# Distinguishable with any colour vision; beyond them the line style changes.
-COLOURS = ["#6b7785", "#0a6ebd", "#d1570c", "#2f9e5b", "#a3369c", "#b8860b", "#4b5fc0", "#c2255c"]
+# Beyond these the line style changes.
+COLORS = [MUTED, *PALETTE]
 LINES = ["-", "--", ":", "-."]
 POINTS = 60
 # Fewer finished runs than this are drawn one by one.
@@ -22,7 +23,7 @@ SEEDS_OF_A_BAND = 4
 TITLE_LENGTH = 26
 
 
-def draw_curves(results: Results, weights: dict[str, float], path: Path) -> None:
+def draw_curves(results: Results, path: Path) -> None:
     """
     Every quantity over steps, trained tokens and time, as a PNG: the mean over the seeds with its 95 % interval.
 
@@ -38,24 +39,24 @@ def draw_curves(results: Results, weights: dict[str, float], path: Path) -> None
             panel = panels[row, column]
             seen = []
             for index, variant in enumerate(results.variants):
-                finished = [run.curves for run in results.runs[variant.name] if run.curves is not None]
+                finished = results.curves(variant.name)
                 if not finished:
                     continue
                 heights = np.stack(
                     [
-                        np.interp(grid, run.spent[axis], quantity_curves(run, results.ranges, weights)[name])
+                        np.interp(grid, run.spent[axis], quantity_curves(run, results.ranges, results.weights)[name])
                         for run in finished
                     ]
                 )
                 seen += [heights.min(), heights.max()]
                 intervals = [mean_interval(heights[:, point].tolist()) for point in range(POINTS)]
                 _line(panel, grid, [i.mean for i in intervals], index, _legend(results, variant.name))
-                colour = COLOURS[index % len(COLOURS)]
+                color = COLORS[index % len(COLORS)]
                 if len(finished) < SEEDS_OF_A_BAND:
-                    panel.plot(grid, heights.T, color=colour, alpha=0.35, linewidth=0.7)
+                    panel.plot(grid, heights.T, color=color, alpha=0.35, linewidth=0.7)
                 else:
                     low, high = ([getattr(i, side) for i in intervals] for side in ("low", "high"))
-                    panel.fill_between(grid, low, high, color=colour, alpha=0.15, linewidth=0)
+                    panel.fill_between(grid, low, high, color=color, alpha=0.15, linewidth=0)
             low, high = min(seen), max(seen)
             panel.set_ylim(low - 0.05 * (high - low or 1), high + 0.05 * (high - low or 1))
             _count_axis(panel, results.budgets[axis])
@@ -80,8 +81,8 @@ def draw_trade_off(results: Results, path: Path) -> None:
             (balance, [values["worst"] for values in final]),
             (cost, [run.curves.total["tokens"] for run in finished]),
         ):
-            colour = COLOURS[index % len(COLOURS)]
-            panel.scatter(other, sums, s=14, color=colour, alpha=0.4, linewidth=0)
+            color = COLORS[index % len(COLORS)]
+            panel.scatter(other, sums, s=14, color=color, alpha=0.4, linewidth=0)
             x, y = mean_interval(other), mean_interval(sums)
             panel.errorbar(
                 x.mean,
@@ -89,15 +90,15 @@ def draw_trade_off(results: Results, path: Path) -> None:
                 xerr=None if x.count < 2 else x.half_width,
                 yerr=None if y.count < 2 else y.half_width,
                 fmt="os^Dv<>P"[index % 8],
-                color=colour,
+                color=color,
                 capsize=3,
                 label=_legend(results, variant.name),
             )
-    balance.set_xlabel("worst normalised reward at the end")
+    balance.set_xlabel("worst normalized reward at the end")
     _count_axis(cost, cost.get_xlim()[1])
     cost.set_xlabel("trained tokens of the whole run")
     for panel in (balance, cost):
-        panel.set_ylabel("sum of normalised rewards at the end")
+        panel.set_ylabel("sum of normalized rewards at the end")
     _legend_above(figure, balance, 11)
     figure.savefig(path)
 
@@ -123,8 +124,8 @@ def _legend_above(figure: Figure, panel, width: float) -> None:
 
 
 def _line(panel, x: np.ndarray, y: list[float], index: int, label: str) -> None:
-    style = LINES[index // len(COLOURS) % len(LINES)]
-    panel.plot(x, y, style, color=COLOURS[index % len(COLOURS)], linewidth=1.6, label=label)
+    style = LINES[index // len(COLORS) % len(LINES)]
+    panel.plot(x, y, style, color=COLORS[index % len(COLORS)], linewidth=1.6, label=label)
     panel.spines[["top", "right"]].set_visible(False)
 
 

@@ -3,12 +3,13 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .curves import AXES, Curves, observed_ranges, quantity_values
 from .running import Outcome
-from .statistics import Interval, PairedTest, holm, mean_interval, paired_test
+from .seed_statistics import Interval, PairedTest, holm, mean_interval, paired_test
 from .variants import Contrast, Variant
 
 
@@ -30,7 +31,7 @@ class RunResult:
         outcome ([`Outcome`]): How it ended.
         curves ([`Curves`] or `None`): What it logged; `None` if it failed.
         values (`dict`): `{axis: {"final" | "area": {quantity: value}}}`; empty if it failed.
-        gained (`bool`): Whether its normalised sum ended above where it began.
+        gained (`bool`): Whether its normalized sum ended above where it began.
     """
 
     outcome: Outcome
@@ -52,6 +53,21 @@ class Comparison:
     test: PairedTest
     p_holm: float
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain strings and numbers."""
+        interval = self.test.difference
+        return {
+            "effect": self.label,
+            **{key: getattr(self, key) for key in ("variant", "against", "axis", "kind", "quantity")},
+            "pairs": interval.count,
+            "difference": interval.mean,
+            "low": interval.low,
+            "high": interval.high,
+            "p_t": self.test.p_t,
+            "p_sign_flip": self.test.p_sign_flip,
+            "p_holm": self.p_holm,
+        }
+
 
 @dataclass
 class Results:
@@ -65,7 +81,7 @@ class Results:
         seeds (`list[int]`): Seeds.
         quantities (`list[str]`): Rewards, `"sum"` and `"worst"`.
         weights (`dict[str, float]`): Weight of each reward, of which `sum` and `worst` use the sign.
-        ranges (`dict[str, tuple[float, float]]`): What the normalised rewards refer to.
+        ranges (`dict[str, tuple[float, float]]`): What the normalized rewards refer to.
         budgets (`dict[str, float]`): Per axis, what every finished run has spent.
         final_share (`float`): Share of a budget, at its end, over which final values are averaged; 0 takes the end.
         tables (`dict[tuple[str, str], list[Comparison]]`): Differences to the baseline, per axis and kind.
@@ -96,6 +112,15 @@ class Results:
     def interval(self, variant: str, axis: str, kind: str, quantity: str) -> Interval:
         """Mean over the finished seeds of `variant`."""
         return mean_interval([run.values[axis][kind][quantity] for run in self.runs[variant] if run.curves])
+
+    def curves(self, variant: str) -> list[Curves]:
+        """What the finished runs of `variant` logged."""
+        return [run.curves for run in self.runs[variant] if run.curves is not None]
+
+    @property
+    def finished(self) -> bool:
+        """Whether any run finished."""
+        return any(map(self.curves, self.runs))
 
     @property
     def failures(self) -> list[RunResult]:
@@ -139,30 +164,23 @@ class Results:
         """
         import pandas as pd
 
-        tests = {(row.variant, row.quantity): row for row in self.tables["steps", "final"]}
+        tests = {(row.variant, row.quantity): row.to_dict() for row in self.tables["steps", "final"]}
         lines = []
-        for variant in self.variants:
-            for quantity in self.quantities:
-                interval, row = (
-                    self.interval(variant.name, "steps", "final", quantity),
-                    tests.get((variant.name, quantity)),
-                )
-                difference = row.test.difference if row else Interval(math.nan, math.nan, math.nan, 0)
-                lines.append(
-                    {
-                        "method": variant.name,
-                        "quantity": quantity,
-                        "mean": interval.mean,
-                        "low": interval.low,
-                        "high": interval.high,
-                        "difference": difference.mean,
-                        "difference_low": difference.low,
-                        "difference_high": difference.high,
-                        "p": row.test.p_t if row else math.nan,
-                        "p_holm": row.p_holm if row else math.nan,
-                        "seeds": interval.count,
-                    }
-                )
+        for variant, quantity in product([variant.name for variant in self.variants], self.quantities):
+            interval, test = self.interval(variant, "steps", "final", quantity), tests.get((variant, quantity), {})
+            line = {"method": variant, "quantity": quantity}
+            line |= {"mean": interval.mean, "low": interval.low, "high": interval.high}
+            line |= {
+                column: test.get(key, math.nan)
+                for column, key in {
+                    "difference": "difference",
+                    "difference_low": "low",
+                    "difference_high": "high",
+                    "p": "p_t",
+                    "p_holm": "p_holm",
+                }.items()
+            }
+            lines.append(line | {"seeds": interval.count})
         return pd.DataFrame(lines)
 
     def _repr_markdown_(self) -> str:
@@ -248,3 +266,44 @@ def _compare(
         Comparison(contrast.label, contrast.variant, contrast.against, axis, kind, quantity, test, p_holm)
         for (contrast, quantity, test), p_holm in zip(rows, corrected, strict=True)
     ]
+
+
+def choose_learning_rates(
+    curves: dict[str, dict[float, list[Curves | None]]],
+    weights: dict[str, float],
+    ranges: dict[str, tuple[float, float]],
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """
+    The learning rate of each variant with the highest mean final sum of normalized rewards.
+
+    Args:
+        curves (`dict`): Per variant and learning rate what its runs logged, `None` for a failed run.
+        weights (`dict[str, float]`), ranges (`dict[str, tuple[float, float]]`): As for `evaluate`.
+
+    Returns:
+        `tuple` of the chosen learning rates, which lack a variant whose runs all failed, and one entry per variant and
+        learning rate with its `score`. A learning rate at which a run failed has none and is not chosen.
+    """
+    finished = [run for by_rate in curves.values() for runs in by_rate.values() for run in runs if run is not None]
+    ranges = {**observed_ranges(finished), **ranges}
+    budgets = {axis: min((run.total[axis] for run in finished), default=math.nan) for axis in AXES}
+
+    def score(runs: Sequence[Curves | None]) -> float:
+        if any(run is None for run in runs):
+            return math.nan
+        sums = [quantity_values(run, ranges, weights, budgets)["steps"]["final"]["sum"] for run in runs if run]
+        return math.fsum(sums) / len(sums)
+
+    chosen, search = {}, []
+    for variant, by_rate in curves.items():
+        scores = {rate: score(runs) for rate, runs in by_rate.items()}
+        valid = {rate: value for rate, value in scores.items() if not math.isnan(value)}
+        if valid:
+            chosen[variant] = max(valid, key=lambda rate: valid[rate])
+        for rate, value in scores.items():
+            is_chosen = chosen.get(variant) == rate
+            at_edge = is_chosen and len(scores) > 1 and rate in (min(scores), max(scores))
+            search.append(
+                {"variant": variant, "learning_rate": rate, "score": value, "chosen": is_chosen, "at_edge": at_edge}
+            )
+    return chosen, search

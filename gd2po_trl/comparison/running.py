@@ -1,4 +1,4 @@
-"""Training runs as processes of their own: started, watched, recognised when they are already done."""
+"""Training runs as processes of their own: started, watched, recognized when they are already done."""
 
 import json
 import os
@@ -8,22 +8,24 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Lock
 from typing import Any
 
-import psutil
-
 from ..errors import UsageError
+from ..run_log import STATE_FILE, read_state
 from ..terminal import duration
 from .variants import Variant, mask_secrets
 
 
 RECORD = "run.json"
 LOG = "train.log"
-POLL_SECONDS = 0.2
+POLL_SECONDS = 0.25
 # The line of progress that `gd2po train` writes to a file, and how many bytes from the end it is looked for in.
 STEP = re.compile(rb"^step (\d+)/(\d+) ", re.MULTILINE)
 LOG_TAIL = 8192
@@ -41,7 +43,7 @@ class Run:
         seed (`int`): Its seed.
         folder (`Path`): Its `output_dir`.
         command (`tuple[str, ...]`): The command line that trains it.
-        settings (`dict`): All settings of its recipe that make the result what it is; JSON types.
+        settings (`dict`): All settings of its recipe that determine the result; JSON types.
     """
 
     variant: Variant
@@ -71,30 +73,6 @@ class Outcome:
     state: dict[str, Any] | None
     failure: str = ""
     seconds: float | None = None
-
-
-@dataclass(frozen=True)
-class Progress:
-    """
-    How far `run_all` is.
-
-    Args:
-        done (`int`), total (`int`): Runs that have ended, of those that were to be trained.
-        seconds (`float`): Since the start.
-        active (`list` of `tuple[str, int, int]`): Label, step and number of steps of every run at work; 0 where a run
-            has not said them yet.
-    """
-
-    done: int
-    total: int
-    seconds: float
-    active: list[tuple[str, int, int]]
-
-    @property
-    def seconds_left(self) -> float | None:
-        """An estimate from what is done so far; `None` where nothing is."""
-        done = self.done + sum(step / steps for _, step, steps in self.active if steps)
-        return self.seconds / done * (self.total - done) if done else None
 
 
 def train_command(
@@ -152,7 +130,7 @@ def run_all(
     jobs: int = 1,
     devices: Sequence[str] = (),
     report: Callable[[str], None] = print,
-    watch: Callable[["Progress"], None] | None = None,
+    watch: Callable[[int, int, list[tuple[str, int, int]]], None] | None = None,
 ) -> list[Outcome]:
     """
     Train every run that is not finished yet.
@@ -167,7 +145,8 @@ def run_all(
         report (callable, *optional*):
             Called with one line about every run.
         watch (callable, *optional*):
-            Called several times a second with the [`Progress`].
+            Called several times a second with how many runs have ended, of how many, and the label, step and number of
+            steps of every run at work; 0 where a run has not said them yet.
 
     Returns:
         `list` of [`Outcome`], in the order of `runs`.
@@ -177,146 +156,131 @@ def run_all(
     """
     for run in runs:
         _check_settings(run)
-    free: list[str | None] = list(devices) or [None] * jobs
     waiting = [run for run in runs if finished_state(run) is None]
-    total, done, started = len(waiting), 0, time.monotonic()
-    if total < len(runs):
-        report(f"{len(runs) - total} of {len(runs)} runs are already finished.")
-    active: list[_Process] = []
+    if len(waiting) < len(runs):
+        report(f"{len(runs) - len(waiting)} of {len(runs)} runs are already finished.")
+    workers, started, done = _Workers(devices or [None] * jobs), time.monotonic(), 0
     try:
-        while waiting or active:
-            while waiting and free:
-                active.append(_Process(waiting.pop(0), free.pop(0)))
-            time.sleep(POLL_SECONDS)
-            if watch is not None:
-                watch(Progress(done, total, time.monotonic() - started, [_part_of(process.run) for process in active]))
-            for process in [process for process in active if process.has_ended()]:
-                active.remove(process)
-                free.append(process.device)
+        pending = {workers.submit(run) for run in waiting}
+        while pending:
+            ended, pending = wait(pending, POLL_SECONDS, FIRST_COMPLETED)
+            for line in [future.result() for future in ended]:
                 done += 1
-                left = (time.monotonic() - started) / done * (total - done)
-                rest = f", about {duration(left)} left" if done < total else ""
-                report(f"[{done}/{total}{rest}] {process.run.label}: {process.conclude()}")
+                left = (time.monotonic() - started) / done * (len(waiting) - done)
+                rest = f", about {duration(left)} left" if done < len(waiting) else ""
+                report(f"[{done}/{len(waiting)}{rest}] {line}")
+            if watch is not None:
+                watch(done, len(waiting), [(run.label, *_step(run)) for run, _ in list(workers.active.values())])
     finally:
-        for process in active:
-            process.stop()
+        workers.stop()
     return [outcome_of(run) for run in runs]
+
+
+class _Workers:
+    """One thread per device, each waiting for one training process at a time."""
+
+    def __init__(self, devices: Sequence[str | None]):
+        self.active: dict[Path, tuple[Run, subprocess.Popen]] = {}
+        self._free: SimpleQueue = SimpleQueue()
+        for device in devices:
+            self._free.put(device)
+        self._pool = ThreadPoolExecutor(len(devices))
+        self._lock, self._stopped = Lock(), False
+
+    def submit(self, run: Run) -> "Future[str]":
+        return self._pool.submit(self._train, run)
+
+    def _train(self, run: Run) -> str:
+        """Train `run`, record how it ended, and say it in a few words."""
+        device, started = self._free.get(), time.monotonic()
+        try:
+            with self._lock:
+                if self._stopped:
+                    return ""
+                child = _start(run, device)
+                self.active[run.folder] = run, child
+            code = child.wait()
+            seconds = time.monotonic() - started
+            with self._lock:
+                del self.active[run.folder]
+                if self._stopped:
+                    return ""
+                self._stopped = code == USAGE_STATUS
+            _write_record(run, exit_code=code, seconds=round(seconds, 1))
+        finally:
+            self._free.put(device)
+        if code == USAGE_STATUS:
+            raise UsageError(f"{run.label}: {_last_line(run)}")
+        failure = outcome_of(run).failure
+        return f"{run.label}: " + (f"FAILED after {seconds:.0f} s, {failure}" if failure else f"{seconds:.0f} s")
+
+    def stop(self) -> None:
+        """End the processes that still train; no further one starts."""
+        import psutil
+
+        with self._lock:
+            self._stopped = True
+            family = []
+            for _, child in self.active.values():
+                with suppress(psutil.NoSuchProcess):
+                    # `accelerate launch` does not always end what it started.
+                    process = psutil.Process(child.pid)
+                    family += [*process.children(recursive=True), process]
+        for end in (psutil.Process.terminate, psutil.Process.kill):
+            for process in family:
+                with suppress(psutil.NoSuchProcess):
+                    end(process)
+            _, family = psutil.wait_procs(family, timeout=20)
+        self._pool.shutdown(cancel_futures=True)
+
+
+def _start(run: Run, device: str | None) -> subprocess.Popen:
+    run.folder.mkdir(parents=True, exist_ok=True)
+    (run.folder / STATE_FILE).unlink(missing_ok=True)
+    _write_record(run)
+    environment = os.environ | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
+    with (run.folder / LOG).open("ab") as log:
+        return subprocess.Popen(
+            run.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment
+        )
 
 
 def finished_state(run: Run) -> dict[str, Any] | None:
     """Content of `trainer_state.json`, which a run writes when all its steps are done; `None` before that."""
-    record = _read_record(run)
-    if record.get("settings") != run.settings or record.get("exit_code"):
-        return None
-    try:
-        state = json.loads((run.folder / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return state if isinstance(state, dict) and state.get("log_history") else None
+    record, state = _read_record(run), read_state(run.folder)
+    is_ours = record.get("settings") == run.settings and not record.get("exit_code")
+    return state if is_ours and state is not None and state["log_history"] else None
 
 
 def outcome_of(run: Run) -> Outcome:
     """How `run` ended, from what is in its folder."""
     record, state = _read_record(run), finished_state(run)
+    code, seconds = record.get("exit_code"), record.get("seconds")
     if state is not None:
-        return Outcome(run, state, seconds=record.get("seconds"))
-    code = record.get("exit_code")
-    ending = "was not trained" if code is None else f"ended with status {code}"
-    if code == 0:
-        ending = "ended without a trainer_state.json"
-    return Outcome(run, None, f"{ending}: {_last_line(run)}".removesuffix(": "), record.get("seconds"))
-
-
-class _Process:
-    """A run's process: a new one, or the one that a comparison left behind when it was killed."""
-
-    def __init__(self, run: Run, device: str | None):
-        self.run, self.device = run, device
-        self.started = time.monotonic()
-        self.left_behind = _process_left_behind(run)
-        self.child: subprocess.Popen | None = None
-        if self.left_behind is not None:
-            return
-        run.folder.mkdir(parents=True, exist_ok=True)
-        (run.folder / "trainer_state.json").unlink(missing_ok=True)
-        environment = dict(os.environ)
-        if device is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = device
-        with (run.folder / LOG).open("ab") as log:
-            self.child = subprocess.Popen(
-                run.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment
-            )
-        _write_record(run, pid=self.child.pid)
-
-    def has_ended(self) -> bool:
-        if self.child is not None:
-            return self.child.poll() is not None
-        try:
-            return not self.left_behind.is_running() or self.left_behind.status() == psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:  # it ended between the two questions
-            return True
-
-    def conclude(self) -> str:
-        """Record how the run ended, and say it in a few words."""
-        if self.child is None:
-            return "finished by an earlier comparison" if finished_state(self.run) else "left unfinished"
-        seconds = time.monotonic() - self.started
-        _write_record(self.run, exit_code=self.child.returncode, seconds=round(seconds, 1))
-        outcome = outcome_of(self.run)
-        if self.child.returncode == USAGE_STATUS:
-            raise UsageError(f"{self.run.label}: {_last_line(self.run)}")
-        return f"{seconds:.0f} s" if not outcome.failure else f"FAILED after {seconds:.0f} s, {outcome.failure}"
-
-    def stop(self) -> None:
-        if self.child is None or self.child.poll() is not None:
-            return
-        # `accelerate launch` does not always end what it started.
-        process = psutil.Process(self.child.pid)
-        family = [*process.children(recursive=True), process]
-        for member in family:
-            with suppress(psutil.NoSuchProcess):
-                member.terminate()
-        _, alive = psutil.wait_procs(family, timeout=20)
-        for member in alive:
-            with suppress(psutil.NoSuchProcess):
-                member.kill()
-        self.child.wait()
-
-
-def _process_left_behind(run: Run) -> psutil.Process | None:
-    """The process that still trains `run` although the comparison that started it is gone."""
-    pid = _read_record(run).get("pid")
-    if pid is None:
-        return None
-    try:
-        process = psutil.Process(pid)
-        # Process ids are used again: the same id must also run the same command.
-        same = process.status() != psutil.STATUS_ZOMBIE and process.cmdline()[1:] == list(run.command[1:])
-    except psutil.Error:
-        return None
-    return process if same else None
+        return Outcome(run, state, seconds=seconds)
+    ending = {None: "was not trained", 0: f"ended without a {STATE_FILE}"}.get(code, f"ended with status {code}")
+    return Outcome(run, None, f"{ending}: {_last_line(run)}".removesuffix(": "), seconds)
 
 
 def _check_settings(run: Run) -> None:
-    recorded = _read_record(run).get("settings")
-    if recorded is None or recorded == run.settings:
-        return
-    changed = sorted(
-        key for key in recorded.keys() | run.settings.keys() if recorded.get(key) != run.settings.get(key)
-    )
-    details = ", ".join(f"`{key}` {recorded.get(key)!r} -> {run.settings.get(key)!r}" for key in changed)
-    raise UsageError(
-        f"'{run.folder}' holds a run with other settings ({details}). Give the comparison another --output, or remove "
-        "that folder."
-    )
+    recorded = _read_record(run).get("settings", run.settings)
+    keys = sorted(recorded.keys() | run.settings.keys())
+    changed = [key for key in keys if recorded.get(key) != run.settings.get(key)]
+    if changed:
+        details = ", ".join(f"`{key}` {recorded.get(key)!r} -> {run.settings.get(key)!r}" for key in changed)
+        raise UsageError(
+            f"'{run.folder}' holds a run with other settings ({details}). Give the comparison another --output, or "
+            "remove that folder."
+        )
 
 
 def _read_record(run: Run) -> dict[str, Any]:
+    """What an earlier comparison wrote of `run`; empty where there is nothing or it is damaged."""
     try:
-        record = json.loads((run.folder / RECORD).read_text(encoding="utf-8"))
+        content = json.loads((run.folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return record if isinstance(record, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def _write_record(run: Run, **entries: Any) -> None:
@@ -326,22 +290,21 @@ def _write_record(run: Run, **entries: Any) -> None:
     temporary.replace(run.folder / RECORD)
 
 
-def _part_of(run: Run) -> tuple[str, int, int]:
-    """Label, step and number of steps of a run, from the last line of progress in its log."""
+def _log_tail(run: Run) -> bytes:
     try:
         with (run.folder / LOG).open("rb") as log:
-            log.seek(0, os.SEEK_END)
-            log.seek(max(log.tell() - LOG_TAIL, 0))
-            found = STEP.findall(log.read())
+            log.seek(max(log.seek(0, os.SEEK_END) - LOG_TAIL, 0))
+            return log.read()
     except OSError:
-        found = []
-    return (run.label, int(found[-1][0]), int(found[-1][1])) if found else (run.label, 0, 0)
+        return b""
+
+
+def _step(run: Run) -> tuple[int, int]:
+    """Step and number of steps of a run, from the last line of progress in its log."""
+    found = STEP.findall(_log_tail(run))
+    return (int(found[-1][0]), int(found[-1][1])) if found else (0, 0)
 
 
 def _last_line(run: Run) -> str:
-    try:
-        text = (run.folder / LOG).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1][:300] if lines else ""
+    lines = _log_tail(run).decode(errors="replace").splitlines()
+    return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "")

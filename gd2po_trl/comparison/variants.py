@@ -58,32 +58,6 @@ LADDER = (
 )
 
 
-def make_variants(
-    methods: Sequence[str], extra: Sequence[Sequence[str]], *, match_whitening: bool, known_methods: Sequence[str]
-) -> list[Variant]:
-    """
-    The variants that a command line asks for.
-
-    Args:
-        methods (sequence of `str`): As in [`make_variant`].
-        extra (sequence of sequences of `str`): Further variants as `[name, method, "key=value", ...]`.
-        match_whitening (`bool`): Whether to add `MATCHED_WHITENING`.
-        known_methods (sequence of `str`): Valid methods.
-
-    Raises:
-        [`UsageError`]: for an unknown method, or a name that is used twice or cannot be a folder's.
-    """
-    variants = [make_variant(method) for method in methods]
-    for words in extra:
-        if len(words) < 2:
-            raise UsageError(f"--variant {' '.join(words)}: give a name, a method and key=value settings.")
-        variants.append(make_variant(words[1], words[0], parse_settings(words[2:], "--variant")))
-    if match_whitening:
-        variants += MATCHED_WHITENING
-    check_variants(variants, known_methods)
-    return variants
-
-
 def make_variant(method: str, name: str | None = None, overrides: tuple[str, ...] = ()) -> Variant:
     """
     A variant of a preset or, for the dotted path of an estimator, of GDPO with that in the place of its sum.
@@ -99,57 +73,53 @@ def make_variant(method: str, name: str | None = None, overrides: tuple[str, ...
     return Variant(name or path.rpartition(".")[2], "gdpo", ("--estimator", path, *overrides))
 
 
-def check_variants(variants: Sequence[Variant], known_methods: Sequence[str]) -> None:
+def check_variants(variants: Sequence[Variant]) -> None:
     """
     Check names and methods.
 
     Raises:
-        [`UsageError`]: for no variant, an unknown method, or a name that is used twice or cannot be a folder's.
+        [`UsageError`]: for no variant, an unknown method, or a name that is used twice or cannot be that of a folder.
     """
+    from ..gd2po_config import METHODS
+
     if not variants:
         raise UsageError("There is nothing to compare: name --methods or add a --variant.")
+    names = [variant.name for variant in variants]
     for variant in variants:
-        if variant.method not in known_methods:
+        if variant.method not in METHODS:
             raise UsageError(
-                f"There is no method '{variant.method}'; choose from {', '.join(known_methods)}, or give "
-                "an estimator's dotted path."
+                f"There is no method '{variant.method}'; choose from {', '.join(METHODS)}, or give an estimator's "
+                "dotted path."
             )
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", variant.name):
-            raise UsageError(f"--variant: '{variant.name}' is no name; use letters, digits, '.', '_' and '-'.")
-    names = [variant.name for variant in variants]
-    for name in names:
-        if names.count(name) > 1:
-            raise UsageError(f"Two variants are called '{name}'.")
+            raise UsageError(f"'{variant.name}' cannot name a variant; use letters, digits, '.', '_' and '-'.")
+        if names.count(variant.name) > 1:
+            raise UsageError(f"Two variants are called '{variant.name}'.")
 
 
 def option_words(settings: Mapping[str, Any], where: str) -> tuple[str, ...]:
-    """Options of `gd2po train` for recipe keys and their values."""
+    """Options of `gd2po train` for recipe keys and their values; `where` they are from is named in an error."""
     words: list[str] = []
     for key, value in settings.items():
         if key in RESERVED:
             raise UsageError(f"{where}: the comparison sets `{key}` itself.")
         if isinstance(value, Mapping):
-            values = [json.dumps(value)]
-        elif isinstance(value, (list, tuple)):
-            values = [str(item) for item in value]
-        else:
-            values = ["none" if value is None else str(value)]
-        words += [f"--{key}", *values]
+            value = json.dumps(value)
+        values = value if isinstance(value, (list, tuple)) else ["none" if value is None else value]
+        words += [f"--{key}", *map(str, values)]
     return tuple(words)
 
 
-def parse_settings(settings: Sequence[str], option: str) -> tuple[str, ...]:
-    """Options of `gd2po train` for `key=value` words; a value with spaces becomes several words."""
-    words: list[str] = []
+def parse_settings(settings: Sequence[str], option: str) -> dict[str, Any]:
+    """Recipe keys and their values from `key=value` words; a value with spaces is a list, unless it is JSON."""
+    parsed: dict[str, Any] = {}
     for setting in settings:
         key, equals, value = setting.partition("=")
-        key = key.lstrip("-").replace("-", "_")
         if not equals or not key:
             raise UsageError(f"{option} {setting}: write key=value.")
-        if key in RESERVED:
-            raise UsageError(f"{option} {setting}: the comparison sets `{key}` itself.")
-        words += [f"--{key}", *(shlex.split(value) if not value.startswith(("{", "[")) else [value])]
-    return tuple(words)
+        key = key.lstrip("-").replace("-", "_")
+        parsed[key] = value if value.startswith(("{", "[")) else shlex.split(value)
+    return parsed
 
 
 def mask_secrets(words: Sequence[str]) -> list[str]:

@@ -1,13 +1,15 @@
-"""Small-sample statistics: confidence intervals over seeds, paired tests, correction for many comparisons."""
+"""Statistics of a few seeds: confidence intervals, paired tests, correction for many comparisons."""
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 
-# Up to this many pairs the sign-flip test visits all 2^n sign patterns; beyond, it draws this many at random.
-EXACT_PAIRS = 14
-RANDOM_FLIPS = 20_000
+
+# The sign-flip test visits all sign patterns if there are at most this many, else it draws as many at random.
+SIGN_PATTERNS = 20_000
 # Differences that vary by less than this share of the compared values are equal but for rounding.
 ROUNDING = 1e-12
 
@@ -51,52 +53,41 @@ class PairedTest:
     p_sign_flip: float
 
 
-def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
-    """
-    Mean and Student-t confidence interval of independent values.
-
-    Args:
-        values (sequence of `float`): One value per seed, all finite.
-        confidence (`float`, *optional*, defaults to `0.95`): Coverage of the interval.
-    """
+def t_test(values: Sequence[float]) -> tuple[Interval, float]:
+    """Mean and 95 % interval of independent values, one per seed, and the two-sided p-value of a mean of 0."""
     from scipy import stats
 
     count = len(values)
-    if count == 0:
-        return Interval(math.nan, math.nan, math.nan, 0)
-    mean = math.fsum(values) / count
-    if count == 1:
-        return Interval(mean, math.nan, math.nan, 1)
-    half = float(stats.t.ppf((1 + confidence) / 2, count - 1) * stats.sem(values))
-    return Interval(mean, mean - half, mean + half, count)
+    mean = math.fsum(values) / count if count else math.nan
+    if count < 2:
+        return Interval(mean, math.nan, math.nan, count), math.nan
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of equal values, whose interval is the mean
+        test = stats.ttest_1samp(values, 0.0)
+        low, high = test.confidence_interval()
+    return Interval(mean, float(low), float(high), count), float(test.pvalue)
 
 
-def paired_test(values: Sequence[float], baseline: Sequence[float], confidence: float = 0.95) -> PairedTest:
+def mean_interval(values: Sequence[float]) -> Interval:
+    """Mean and Student-t 95 % interval of independent values, one per seed."""
+    return t_test(values)[0]
+
+
+def paired_test(values: Sequence[float], baseline: Sequence[float]) -> PairedTest:
     """
     Compare two methods seed by seed.
 
     Args:
         values (sequence of `float`), baseline (sequence of `float`): One value per seed, in the same order of seeds.
-        confidence (`float`, *optional*, defaults to `0.95`): Coverage of the interval of the difference.
-
-    Raises:
-        `ValueError`: if the two differ in length.
     """
-    import numpy as np
-    from scipy import stats
-
-    if len(values) != len(baseline):
-        raise ValueError(f"A paired test needs pairs; there are {len(values)} and {len(baseline)} values.")
     differences = [value - base for value, base in zip(values, baseline, strict=True)]
-    interval = mean_interval(differences, confidence)
+    interval, p_t = t_test(differences)
     if len(differences) < 2:
         return PairedTest(interval, math.nan, math.nan)
     rounding = ROUNDING * max(np.abs(values).max(), np.abs(baseline).max())
     if np.ptp(differences) <= rounding:
-        # No spread: the t statistic is 0 / 0, or infinite, which no number of seeds justifies.
+        # Without spread the t statistic is 0 / 0, or infinite, which no number of seeds justifies.
         p_t = 1.0 if abs(interval.mean) <= rounding else math.nan
-    else:
-        p_t = float(stats.ttest_1samp(differences, 0.0).pvalue)
     return PairedTest(interval, p_t, sign_flip_test(differences))
 
 
@@ -107,27 +98,20 @@ def sign_flip_test(differences: Sequence[float]) -> float:
     Exact for up to 14 differences, beyond that from 20,000 random sign patterns with a fixed seed. NaN if a difference
     is NaN.
     """
-    import numpy as np
+    from scipy import stats
 
     values = np.asarray(differences, dtype=np.float64)
-    count = len(values)
-    observed = abs(values.sum())
-    if np.isnan(observed):
+    if np.isnan(values).any():
         return math.nan
-    # Rounding must not decide whether a pattern reaches the observed sum.
-    tolerance = 1e-9 * max(np.abs(values).sum(), np.finfo(np.float64).tiny)
-    if count <= EXACT_PAIRS:
-        patterns = (np.arange(2**count)[:, None] >> np.arange(count)) & 1
-        sums = np.abs((1 - 2 * patterns) @ values)
-        return float((sums >= observed - tolerance).mean())
-    signs = np.random.default_rng(0).choice([-1.0, 1.0], size=(RANDOM_FLIPS, count))
-    reached = int((np.abs(signs @ values) >= observed - tolerance).sum())
-    return (reached + 1) / (RANDOM_FLIPS + 1)
+    # As whole numbers, whose sums are exact: rounding must not decide whether a pattern reaches the observed sum.
+    values = np.rint(values / max(np.abs(values).max(), np.finfo(np.float64).tiny) * 2**40)
+    options = {"permutation_type": "samples", "alternative": "greater", "n_resamples": SIGN_PATTERNS, "rng": 0}
+    return float(stats.permutation_test((values,), lambda x, axis: np.abs(x.sum(axis)), **options).pvalue)
 
 
 def smallest_sign_flip_p(count: int) -> float:
     """The lowest p-value that `sign_flip_test` can give for `count` differences."""
-    return min(1.0, 2 / 2**count) if count <= EXACT_PAIRS else 1 / (RANDOM_FLIPS + 1)
+    return min(1.0, 2 / 2**count) if 2**count <= SIGN_PATTERNS else 1 / (SIGN_PATTERNS + 1)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -136,10 +120,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
     NaN (a comparison that could not be made) stays NaN and does not count.
     """
-    order = sorted((p, index) for index, p in enumerate(p_values) if not math.isnan(p))
-    corrected = [math.nan] * len(p_values)
-    largest = 0.0
-    for rank, (p, index) in enumerate(order):
-        largest = max(largest, min(1.0, p * (len(order) - rank)))
-        corrected[index] = largest
-    return corrected
+    p = np.asarray(p_values, dtype=np.float64)
+    order = np.argsort(p)  # NaN last
+    corrected = np.full(len(p), math.nan)
+    factors = (~np.isnan(p)).sum() - np.arange(len(p))
+    corrected[order] = np.maximum.accumulate(np.minimum(p[order] * factors, 1.0))
+    return corrected.tolist()

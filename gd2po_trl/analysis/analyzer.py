@@ -10,13 +10,11 @@ import numpy as np
 from ..errors import UsageError
 from ..reporting import join
 from .diagnosis import Finding, Recommendation, diagnose, equalizing_weights
-from .examples import Example, find_examples
-from .formats import Layout
+from .evidence import Example, find_examples, summarize
 from .groups import Groups, find_groups
+from .measures import measure, normalize
 from .reading import Rollouts, hash_texts, read_rollouts
-from .results import Analysis
-from .statistics import measure, normalize
-from .summary import summarize
+from .records import Analysis
 from .weights import Weights, doubts, find_weights
 
 
@@ -58,13 +56,13 @@ class Report(Analysis):
 
     def print(self, console: "Console | None" = None) -> None:
         """Print the report as `gd2po analyze` does."""
-        from .report import print_report
+        from .rendering import print_report
 
         print_report(self, console)
 
     def save(self, folder: str | Path) -> list[Path]:
         """Write `report.html`, `report.png` and `report.json` into `folder`; the paths written."""
-        from .report import write_report
+        from .rendering import write_report
 
         return write_report(Path(folder), self)
 
@@ -78,7 +76,7 @@ class Report(Analysis):
         return self.verdict.text
 
     def _repr_html_(self) -> str:
-        from .report import render_html
+        from .rendering import render_html
 
         return render_html(self)
 
@@ -130,7 +128,7 @@ def analyze(
     _check(thresholds, reward_weights, num_generations)
     rollouts = read_rollouts(listed, rewards)
     groups = find_groups(rollouts, num_generations)
-    weights = find_weights(rollouts, groups, reward_weights)
+    weights = find_weights(rollouts, reward_weights)
     return _report(rollouts, groups, weights, thresholds, ", ".join(map(str, listed)))
 
 
@@ -187,7 +185,7 @@ def analyze_rewards(
     weights = [1.0] * num_rewards if reward_weights is None else list(reward_weights)
     if len(names) != num_rewards or len(weights) != num_rewards:
         raise UsageError(f"There are {len(names)} names and {len(weights)} weights for {num_rewards} rewards.")
-    texts = ["" for _ in range(count)] if completions is None else list(completions)
+    texts = [""] * count if completions is None else list(completions)
     if len(texts) != count or (steps is not None and len(steps) != count):
         raise UsageError(f"`completions` and `steps` need one entry for each of the {count} rollouts.")
     hashes, lengths = hash_texts(texts)
@@ -198,20 +196,10 @@ def analyze_rewards(
         prompt=np.repeat(np.arange(count // num_generations, dtype=np.uint64), num_generations),
         completion=hashes,
         length=lengths,
-        run=np.zeros(count, dtype=np.int32),
-        file=np.zeros(count, dtype=np.int32),
-        row=np.arange(count),
-        extra={},
-        files=[],
-        layout=Layout("prompt", "completion", None, False, ()),
     )
-    groups = Groups(
-        order=np.arange(count),
-        sizes=np.full(count // num_generations, num_generations),
-        steps=rollouts.step[::num_generations],
-        notes=[],
-    )
-    found = Weights(np.array(weights, dtype=np.float64), "given", scale_rewards, [])
+    sizes = np.full(count // num_generations, num_generations)
+    groups = Groups(order=np.arange(count), sizes=sizes, steps=rollouts.step[::num_generations], notes=[])
+    found = Weights(np.array(weights, dtype=np.float64), "given", scale_rewards)
     return _report(rollouts, groups, found, thresholds, f"{count:,} rollouts in memory")
 
 

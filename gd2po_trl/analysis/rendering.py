@@ -13,12 +13,10 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from ..errors import UsageError
-from ..reporting import Table, make_table, write_json
+from ..reporting import Table, make_table, short_number, write_json
 from ..terminal import make_console, printable, shorten
-from .doctor import Report
-from .examples import Example
-from .tables import tables
-from .wording import number
+from .analyzer import Report
+from .evidence import Example, tables
 
 
 # Nothing in the file may load or run anything, whatever a completion holds.
@@ -139,7 +137,7 @@ def _print_example(example: Example, console: Console, width: int) -> None:
 
 def _values(example: Example) -> str:
     return ", ".join(
-        f"{name} {number(value)} → {example.advantages[name]:+.2f}" for name, value in example.rewards.items()
+        f"{name} {short_number(value)} → {example.advantages[name]:+.2f}" for name, value in example.rewards.items()
     )
 
 
