@@ -7,6 +7,7 @@ Each runs in an empty folder, since a second run would find the first one's file
 is left out: execution counts, times, progress bars, and what libraries print to the error stream.
 """
 
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -15,10 +16,26 @@ import nbformat
 from nbclient import NotebookClient
 
 
-def is_kept(output: nbformat.NotebookNode) -> bool:
-    if output.output_type == "stream":
-        return output.name == "stdout"
-    return "application/vnd.jupyter.widget-view+json" not in output.get("data", {})
+TIME_LEFT = re.compile(r"  \d+:\d\d(:\d\d)? left$", re.MULTILINE)
+
+
+def cleaned(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+    """The outputs that are kept. Lines that a cell printed one after the other become one output."""
+    kept: list[nbformat.NotebookNode] = []
+    for output in outputs:
+        if output.output_type == "stream":
+            if output.name != "stdout":
+                continue
+            output.text = TIME_LEFT.sub("", output.text)
+            if kept and kept[-1].output_type == "stream":
+                kept[-1].text += output.text
+                continue
+        elif "application/vnd.jupyter.widget-view+json" in output.get("data", {}):
+            continue
+        if "execution_count" in output:
+            output.execution_count = None
+        kept.append(output)
+    return kept
 
 
 def execute(path: Path) -> None:
@@ -28,10 +45,7 @@ def execute(path: Path) -> None:
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.execution_count = None
-            cell.outputs = [output for output in cell.outputs if is_kept(output)]
-            for output in cell.outputs:
-                if "execution_count" in output:
-                    output.execution_count = None
+            cell.outputs = cleaned(cell.outputs)
     notebook.metadata.pop("kernelspec", None)
     notebook.metadata.get("language_info", {}).pop("version", None)
     nbformat.write(notebook, path)
