@@ -14,7 +14,7 @@ define CHECK_PYTHON
 	% (sys.version.split()[0], sys.executable, '' if ok else '. Name another one: make PYTHON=python3.12')); sys.exit(not ok)"
 endef
 
-.PHONY: quickstart test test-matrix test-vllm test-deepspeed lint format clean
+.PHONY: quickstart test test-matrix test-vllm test-deepspeed lint format notebooks clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/gd2po quickstart
@@ -31,6 +31,10 @@ lint: $(VENV)/.installed-dev
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# Runs the notebooks on the CPU and stores their outputs, in about four minutes.
+notebooks: $(VENV)/.installed
+	$(BIN)/python notebooks/execute.py $(wildcard notebooks/*.ipynb)
 
 # The pinned torch comes first, so that no other package pulls in a build for another device.
 $(VENV)/.installed: setup.cfg constraints.txt
