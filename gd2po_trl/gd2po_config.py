@@ -4,7 +4,7 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +19,8 @@ from .advantages import (
     check_snr_threshold,
     check_update_share,
 )
-from .recipe.values import as_mapping
+from .field_help import help_from_docstring
+from .recipe.values import as_mapping, check_ranges
 from .schedules import read_weight_schedules
 from .update.budget import refuse_update_share
 from .update.rows import LOSS_DENOMINATORS
@@ -55,6 +56,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+@help_from_docstring
 @dataclass
 class GD2POConfig(GRPOConfig):
     r"""
@@ -65,7 +67,7 @@ class GD2POConfig(GRPOConfig):
 
     Args:
         multi_objective_aggregation (`str`, *optional*, defaults to `"normalize_then_sum"`):
-            `"normalize_then_sum"` normalises each reward within its group before summing (GDPO, GD²PO).
+            `"normalize_then_sum"` normalizes each reward within its group before summing (GDPO, GD²PO).
             `"sum_then_normalize"` leaves TRL's GRPO advantages untouched: then the filter, the consensus weight and
             the whitening below do not apply.
         conflict_filter (`str` or `None`, *optional*, defaults to `"hard"`):
@@ -119,82 +121,22 @@ class GD2POConfig(GRPOConfig):
             Whether to evaluate after the last step as well, if `eval_strategy` does not ask for it anyway.
     """
 
-    multi_objective_aggregation: str = field(
-        default="normalize_then_sum",
-        metadata={
-            "help": "'normalize_then_sum' normalises each reward within its group before summing (GDPO, GD2PO); "
-            "'sum_then_normalize' leaves TRL's GRPO advantages untouched."
-        },
-    )
-    conflict_filter: str | None = field(
-        default="hard",
-        metadata={
-            "help": "Which rollouts to drop among those on which the rewards disagree in sign: 'hard' all, 'snr' "
-            "those whose agreement is below `snr_threshold`, null none (GDPO)."
-        },
-    )
-    snr_threshold: float = field(
-        default=0.8, metadata={"help": "Threshold of the SNR filter, in [0, 1]. 0 drops nothing."}
-    )
-    consensus_weighting: str | None = field(
-        default="before_whitening",
-        metadata={
-            "help": "Where the kept share of a query's rollouts multiplies its advantages: 'before_whitening' (the "
-            "released code), 'after_whitening' (the paper) or null."
-        },
-    )
-    whitening: str | None = field(
-        default="token",
-        metadata={
-            "help": "Whitening over the kept rollouts of the generation batch, each counted by its tokens ('token') "
-            "or once ('sequence'), or null."
-        },
-    )
-    whitening_shift_mean: bool = field(
-        default=True, metadata={"help": "Whether whitening subtracts the mean, or only scales."}
-    )
-    estimator: EstimatorOrPath | None = field(
-        default=None,
-        metadata={"help": "Dotted path of a function that takes the place of the sum over the rewards."},
-    )
-    estimator_kwargs: dict | str | None = field(
-        default=None, metadata={"help": "Keyword arguments of the estimator (JSON on the command line)."}
-    )
-    reward_weight_schedules: dict | str | None = field(
-        default=None,
-        metadata={
-            "help": "Factors of `reward_weights` over the optimizer steps, by reward: a number, {linear: {0: 0.0, "
-            "100: 1.0}} or {steps: {0: 1.0, 100: 0.5}} (JSON on the command line)."
-        },
-    )
-    update_share: float = field(
-        default=1.0,
-        metadata={
-            "help": "Share of the rollouts to train, in (0, 1]. Below 1 they are drawn in proportion to |advantage| "
-            "and weighted so that the expected gradient stays the same."
-        },
-    )
-    skip_zero_advantage_rows: bool = field(
-        default=True,
-        metadata={"help": "Whether rollouts with advantage 0 are left out of the forward and backward pass."},
-    )
-    packed_update: bool = field(
-        default=True,
-        metadata={"help": "Whether the update runs each prompt once for all its rollouts, and no padding."},
-    )
-    keep_prompts_together: bool = field(
-        default=True,
-        metadata={"help": "Whether the rollouts of a prompt are trained next to each other, as far as sizes allow."},
-    )
-    reward_timeout: float | None = field(
-        default=None,
-        metadata={"help": "Seconds after which a call of a reward function ends the run. null waits forever."},
-    )
-    eval_temperature: float | None = field(
-        default=None,
-        metadata={"help": "Sampling temperature of evaluations; 0 is greedy, null is `temperature`, as in TRL."},
-    )
-    eval_on_end: bool = field(default=False, metadata={"help": "Whether to evaluate after the last step as well."})
+    multi_objective_aggregation: str = "normalize_then_sum"
+    conflict_filter: str | None = "hard"
+    snr_threshold: float = 0.8
+    consensus_weighting: str | None = "before_whitening"
+    whitening: str | None = "token"
+    whitening_shift_mean: bool = True
+    estimator: EstimatorOrPath | None = None
+    estimator_kwargs: dict | str | None = None
+    reward_weight_schedules: dict | str | None = None
+    update_share: float = 1.0
+    skip_zero_advantage_rows: bool = True
+    packed_update: bool = True
+    keep_prompts_together: bool = True
+    reward_timeout: float | None = None
+    eval_temperature: float | None = None
+    eval_on_end: bool = False
 
     def __post_init__(self):
         for name in ("conflict_filter", "consensus_weighting", "whitening", "estimator"):
@@ -228,28 +170,18 @@ class GD2POConfig(GRPOConfig):
             isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or timeout <= 0
         ):
             raise ValueError(f"`reward_timeout` is {timeout!r}; it must be a positive number of seconds or null.")
+        # TRL refuses these after the first generation, or with an error that does not name the field.
+        check_choice("loss_type", self.loss_type, tuple(LOSS_DENOMINATORS))
+        check_choice("importance_sampling_level", self.importance_sampling_level, ("token", "sequence"))
+        names = ["num_iterations", "per_device_train_batch_size", "gradient_accumulation_steps"]
+        check_ranges({name: getattr(self, name) for name in [*names, "temperature", "learning_rate"]})
         if self.num_generations < 2:
-            raise ValueError(
-                f"`num_generations` is {self.num_generations}; an advantage compares the rollouts of a prompt: "
-                "there must be at least 2."
-            )
-        for name, choices in (("loss_type", LOSS_DENOMINATORS), ("importance_sampling_level", ("token", "sequence"))):
-            # TRL itself refuses an unknown one after the first generation. A later version may know more, and names
-            # them in its help text.
-            if f"'{getattr(self, name)}'" not in self.__dataclass_fields__[name].metadata["help"]:
-                check_choice(name, getattr(self, name), tuple(choices))
-        for name in ("num_iterations", "per_device_train_batch_size", "gradient_accumulation_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be at least 1.")
+            raise ValueError(f"`num_generations` is {self.num_generations}; it must be at least 2, to be compared.")
         warmth = self.eval_temperature
         if warmth is not None and (
             isinstance(warmth, bool) or not isinstance(warmth, (int, float)) or not 0 <= warmth < float("inf")
         ):
             raise ValueError(f"`eval_temperature` is {warmth!r}; it must be a number of at least 0, or null.")
-        if not self.temperature > 0:
-            raise ValueError(f"`temperature` is {self.temperature!r}; it must be positive.")
-        if not self.learning_rate >= 0:
-            raise ValueError(f"`learning_rate` is {self.learning_rate!r}; it must not be negative.")
         super().__post_init__()
         check_choice("scale_rewards", self.scale_rewards, SCALE_REWARDS)
         refuse_update_share(self)

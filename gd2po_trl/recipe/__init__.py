@@ -46,7 +46,7 @@ class Recipe:
         training ([`GD2POConfig`]):
             The trainer's settings.
         model (`trl.ModelConfig`):
-            Policy, LoRA and quantisation.
+            Policy, LoRA and quantization.
         settings (`dict`):
             Every key that the recipe, its bases, the method and the command line set. No secrets.
         path (`Path` or `None`, *optional*):

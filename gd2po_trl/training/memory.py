@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 GB = 1e9
-# NF4 weights in blocks of 64 with one float32 scale each; double quantisation stores the scales in 8 bit.
+# NF4 weights in blocks of 64 with one float32 scale each; double quantization stores the scales in 8 bit.
 NF4_BITS, NF4_DOUBLE_BITS = 4.5, 4.127
 CUDA_CONTEXT_GB = 1.0
 REST_OF_TRAINING_GB = 2.0
@@ -82,7 +82,7 @@ def weight_bytes(module: "nn.Module", bytes_per_weight: int, quantization: dict[
 
     Args:
         module (`nn.Module`): On any device.
-        bytes_per_weight (`int`): Of a weight that is not quantised.
+        bytes_per_weight (`int`): Of a weight that is not quantized.
         quantization (`dict`, *optional*): Arguments of `BitsAndBytesConfig`: linear layers but the output layer are
             stored in 4 or 8 bit.
     """
@@ -93,11 +93,11 @@ def weight_bytes(module: "nn.Module", bytes_per_weight: int, quantization: dict[
         return total * bytes_per_weight
     head = getattr(module, "get_output_embeddings", lambda: None)()
     layers = [part for part in module.modules() if isinstance(part, nn.Linear) and part is not head]
-    quantised = sum(part.weight.numel() for part in layers)
+    quantized = sum(part.weight.numel() for part in layers)
     bits = 8.0
     if quantization.get("load_in_4bit"):
         bits = NF4_DOUBLE_BITS if quantization.get("bnb_4bit_use_double_quant") else NF4_BITS
-    return (total - quantised) * bytes_per_weight + quantised * bits / 8
+    return (total - quantized) * bytes_per_weight + quantized * bits / 8
 
 
 def policy_size(
