@@ -76,6 +76,8 @@ def check_before_loading(arguments: dict[str, Any]) -> None:
                 f"ones ({args.generation_batch_size} rollouts, {args.num_generations} of each). Add prompts, or lower "
                 "`per_device_train_batch_size`, `gradient_accumulation_steps` or `steps_per_generation`."
             )
+    if args.fp16 and args.device.type == "cpu":
+        raise ValueError("`fp16` is true, and on a CPU it is ignored. Leave it out, or set `bf16`.")
     if args.eval_on_end and evaluation is None:
         raise ValueError("`eval_on_end` is true and there is no `eval_dataset`; give one, or leave it out.")
     datasets = {"training dataset": dataset}

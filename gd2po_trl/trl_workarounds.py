@@ -6,6 +6,8 @@ Behavior of TRL and transformers that [`GD2POTrainer`] mends, each with its reas
 - Finished runs. Resuming at `max_steps` trains one step more (transformers 5.2 to 5.23). May go when it checks first.
 - Tables per mode. Rollouts of an evaluation replace those of training in the log (TRL 1.12 to 1.16). May go when TRL
   keeps them apart.
+- Tables of an earlier run. They stay in `output_dir` beside those of a new one, and would be read as its own (TRL 1.12
+  to 1.16). May go when TRL refuses or clears a used folder.
 - Model card. It has no settings of the trainer, and none lies beside the final policy (TRL 1.12 to 1.16). May go when
   TRL has a hook for it.
 """
@@ -14,6 +16,7 @@ import copy
 import math
 from collections import deque
 from collections.abc import MutableMapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +59,26 @@ class PromptOrder(TrainerCallback):
             torch.randperm(self.sampler.num_samples, generator=generator)
 
 
+class OldTables(TrainerCallback):
+    """
+    Moves tables of later steps than the one that training begins at into a folder beside the others.
+
+    They are of an earlier run in the same `output_dir`, or of what followed the checkpoint that this run resumes from.
+    """
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        folder = Path(args.output_dir) / "completions"
+        steps = {file: file.stem.rpartition("_")[2] for file in folder.glob("*.parquet")}
+        old = [file for file, step in steps.items() if step.isdigit() and int(step) > state.global_step]
+        if not old or not state.is_world_process_zero:
+            return
+        place = next(place for n in count(1) if not (place := folder.with_name(f"completions_old_{n}")).exists())
+        place.mkdir()
+        for file in old:
+            file.rename(place / file.name)
+        logger.warning(f"{len(old)} completions tables of an earlier run were moved from '{folder}' to '{place}'.")
+
+
 class PatchedGRPOTrainer(GRPOTrainer):
     """TRL's `GRPOTrainer` with the behavior that this module lists mended; its arguments are unchanged."""
 
@@ -65,6 +88,7 @@ class PatchedGRPOTrainer(GRPOTrainer):
         self._prompt_order = PromptOrder()
         super().__init__(*args, **kwargs)
         self.add_callback(self._prompt_order)
+        self.add_callback(OldTables())
         self._empty_logs = copy.deepcopy(self._logs)
         self._logs_of_mode = {"train": self._logs, "eval": copy.deepcopy(self._logs)}
 

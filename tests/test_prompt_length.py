@@ -105,6 +105,16 @@ def test_variables_of_the_chat_template_count():
     assert count_prompt_tokens(shortened["prompt"][:], tokenizer, variables) == [10, 10]
 
 
+def test_variables_that_the_template_lacks_are_said_once(caplog):
+    """`apply_chat_template` ignores them; its own arguments are no variables."""
+    tokenizer = make_tokenizer(TEMPLATE + "{% if date_string is defined %} {{ date_string }}{% endif %}")
+    variables = {"date_string": "26 Jul 2024", "enable_thinkin": False, "continue_final_message": False}
+    for _ in range(2):
+        count_prompt_tokens([conversation(("user", 3))], tokenizer, variables)
+    said = [record.message for record in caplog.records if "`chat_template_kwargs`" in record.message]
+    assert len(said) == 1 and "`enable_thinkin`" in said[0]
+
+
 def test_plain_prompts_are_cut_from_the_left():
     shortened, count = truncate_prompts_left(Dataset.from_dict({"prompt": [words(9), "a"]}), TOKENIZER, 3)
     assert count == 1

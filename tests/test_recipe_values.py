@@ -214,9 +214,11 @@ def test_another_method_above_a_base_leaves_nothing_behind(write):
         *[("generation_batch_size", 0), ("dataloader_num_workers", -1), ("lora_r", 0), ("lora_dropout", 1)],
         *[("vllm_gpu_memory_utilization", 50), ("learning_rate", float("inf")), ("epsilon", -0.1)],
         *[("snr_threshold", float("nan")), ("adam_beta1", float("nan"))],
+        # Words that would be ignored while vLLM is off, or give a classifier's adapter.
+        *[("vllm_mode", "colocat"), ("lora_task_type", "SEQ_CLS")],
     ],
 )
-def test_impossible_numbers_are_refused_by_name(write, key, value):
+def test_impossible_values_are_refused_by_name(write, key, value):
     with pytest.raises(UsageError) as error:
         load_recipe(write({**MINIMAL, key: value}))
     assert f"`{key}`" in str(error.value) and "\n" not in str(error.value)

@@ -300,6 +300,33 @@ def test_completions_table(build, tmp_path):
         assert table["low_bytes"].tolist() == pytest.approx(rewards[:, 0].tolist())
 
 
+def test_half_precision_that_a_cpu_ignores_is_refused(build):
+    with pytest.raises(ValueError, match="`fp16`"):
+        build(fp16=True)
+
+
+def test_tables_of_an_earlier_run_are_moved_aside(build, tmp_path):
+    """By their steps they would be taken for this run's; nothing is deleted."""
+    folder = tmp_path / "run" / "completions"
+    settings = {"log_completions": True, "num_completions_to_print": 0, "save_strategy": "steps", "save_steps": 1}
+    build(max_steps=3, **settings).train()
+    earlier = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert sorted(earlier) == [f"completions_{step:05d}.parquet" for step in (1, 2, 3)]
+
+    first, second, third = sorted(earlier)
+    (folder / "eval_held_out_3.parquet").write_bytes(b"")
+    build(max_steps=2, **settings).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+    assert sorted(path.name for path in folder.iterdir()) == [first, second]
+    moved_aside = tmp_path / "run" / "completions_old_1"
+    assert sorted(path.name for path in moved_aside.iterdir()) == [second, third, "eval_held_out_3.parquet"]
+
+    build(max_steps=1, seed=8, **settings).train()
+    assert [path.name for path in folder.iterdir()] == [first]
+    assert (folder / first).read_bytes() != earlier[first]
+    moved_aside = tmp_path / "run" / "completions_old_2"
+    assert (moved_aside / first).read_bytes() == earlier[first]
+
+
 def test_pairs_and_zero_std_share(build):
     def constant(completions, **kwargs):
         return [0.1] * len(completions)

@@ -1,8 +1,11 @@
 """A recipe's own prompts, and prompts that are too long for the policy."""
 
+import logging
 import re
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from functools import lru_cache
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
@@ -13,6 +16,8 @@ from .sources import DatasetReport, Source, checked_prompt, drop_rows, iterate_r
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 PROMPTS = Source("prompts", remedy="set `dataset_path` to a file with a `prompt` column")
 # GRPOTrainer hands these names to every reward function itself, so a column of the same name would be passed twice.
@@ -79,6 +84,9 @@ def render_conversations(
     Raises:
         [`UsageError`]: The template refuses a conversation; the message says which one, and what the template said.
     """
+    for name in options.keys() - signature(tokenizer.apply_chat_template).parameters.keys():
+        if name not in str(options.get("chat_template") or tokenizer.chat_template):
+            _warn_of_variable(name)
     try:
         return tokenizer.apply_chat_template(list(conversations), tokenize=False, **options)
     except Exception as error:  # jinja2 has a hierarchy of its own, and templates raise what they like
@@ -94,6 +102,11 @@ def render_conversations(
                 f"{_remedy(conversation)}, leave the row out, or take a model whose template allows it"
             ) from error
     raise UsageError(f"the chat template cannot be applied: {refusal}") from refusal
+
+
+@lru_cache
+def _warn_of_variable(name: str) -> None:
+    logger.warning(f"The chat template has no variable `{name}`, which `chat_template_kwargs` sets: it is ignored.")
 
 
 def _remedy(conversation: list[dict[str, Any]]) -> str:

@@ -57,6 +57,8 @@ _RULES: tuple[tuple[Callable[[float], bool], str, str], ...] = (
     ),
 )
 RANGES = {key: (is_possible, what) for is_possible, what, keys in _RULES for key in keys.split()}
+# Text of which anything but these would be ignored, or would train something else than a policy.
+CHOICES = {"vllm_mode": ("colocate", "server"), "lora_task_type": ("CAUSAL_LM",)}
 # Keys of `generation_kwargs` that are keys of a recipe too.
 GENERATION = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
@@ -141,7 +143,7 @@ def check_value(key: str, value: Any, hint: Any, default: Any, source: str) -> N
 
 def check_ranges(values: Mapping[str, Any]) -> None:
     """
-    Refuse numbers with which no run works, or with which one would do something else than asked.
+    Refuse numbers and words with which no run works, or with which one would do something else than asked.
 
     Raises:
         [`UsageError`]: which names the key and what it may be.
@@ -151,6 +153,8 @@ def check_ranges(values: Mapping[str, Any]) -> None:
             if math.isnan(value):
                 raise UsageError(f"`{key}` is nan; it must be a number.")
             _check_range(key, value, *RANGES.get(key, (lambda _: True, "")))
+        elif value not in (choices := CHOICES.get(key, (value,))):
+            raise UsageError(f"`{key}` is {value!r}; it must be {' or '.join(choices)}.")
     for key, value in (values.get("generation_kwargs") or {}).items():
         if key in GENERATION and value is not None:
             name = f"generation_kwargs.{key}"
