@@ -21,6 +21,7 @@ from .advantages import (
 )
 from .field_help import help_from_docstring
 from .recipe.values import as_mapping, check_ranges
+from .reward_gates import CLOSED_GATE_REWARDS, parse_gates
 from .schedules import read_weight_schedules
 from .update.budget import refuse_update_share
 from .update.rows import LOSS_DENOMINATORS
@@ -111,6 +112,13 @@ class GD2POConfig(GRPOConfig):
         keep_prompts_together (`bool`, *optional*, defaults to `True`):
             Whether the rollouts of a prompt are trained next to each other, as far as the batch sizes allow. `False`
             leaves the order to TRL, which shuffles single rollouts over the micro-batches of a generation batch.
+        reward_gates (`dict` or `None`, *optional*, defaults to `None`):
+            Rewards that count only where another one meets a threshold, such as `{"length": "correctness >= 3"}`. The
+            operators are `>=`, `>`, `<=`, `<`, `==` and `!=`; of a list of conditions all have to hold. Conditions are
+            judged on what the reward functions returned, before any gate, and an unscored reward meets none.
+        closed_gate_reward (`str`, *optional*, defaults to `"zero"`):
+            What a reward is worth where its gate is closed: `"zero"` (as in GDPO, arXiv 2601.05242), which enters the
+            mean and the standard deviation of its group, or `"unscored"`, which enters no statistic.
         reward_timeout (`float` or `None`, *optional*, defaults to `None`):
             Seconds after which a call of a reward function ends the run with an error that names it. `None` waits
             forever. Reward models that the trainer itself evaluates are not covered.
@@ -134,6 +142,8 @@ class GD2POConfig(GRPOConfig):
     skip_zero_advantage_rows: bool = True
     packed_update: bool = True
     keep_prompts_together: bool = True
+    reward_gates: dict | str | None = None
+    closed_gate_reward: str = "zero"
     reward_timeout: float | None = None
     eval_temperature: float | None = None
     eval_on_end: bool = False
@@ -146,6 +156,9 @@ class GD2POConfig(GRPOConfig):
         check_choice("conflict_filter", self.conflict_filter, CONFLICT_FILTERS)
         check_choice("consensus_weighting", self.consensus_weighting, CONSENSUS_WEIGHTINGS)
         check_choice("whitening", self.whitening, WHITENINGS)
+        self.reward_gates = as_mapping("reward_gates", self.reward_gates) or None
+        parse_gates(self.reward_gates or {})
+        check_choice("closed_gate_reward", self.closed_gate_reward, CLOSED_GATE_REWARDS)
         check_snr_threshold(self.snr_threshold)
         check_update_share(self.update_share)
         read_weight_schedules(self.reward_weight_schedules)
@@ -251,6 +264,8 @@ class GD2POConfig(GRPOConfig):
                 f"`update_share={self.update_share}` saves nothing with `skip_zero_advantage_rows=False`: rollouts "
                 "that are not drawn are run all the same."
             )
+        if not self.reward_gates and changed("closed_gate_reward"):
+            messages.append("`closed_gate_reward` has no effect without `reward_gates`.")
         if self.multi_objective_aggregation == "sum_then_normalize":
             return [
                 *messages,

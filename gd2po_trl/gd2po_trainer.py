@@ -20,7 +20,9 @@ from .errors import RewardError
 from .estimators import load_estimator
 from .gd2po_config import METHODS, GD2POConfig
 from .preflight import check_before_loading, check_reward_names, check_trainable
-from .reward_guard import RewardGuard, SilentRewards
+from .reward_gates import RewardGates
+from .reward_guard import RewardGuard, SilentRewards, name_of
+from .reward_parts import expand_environment_parts, expand_parts, part_names
 from .schedules import check_weight_schedules, read_weight_schedules, weights_at
 from .trl_workarounds import PatchedGRPOTrainer, fill_missing_columns
 from .update.budget import UpdateBudget, budget_metrics, refuse_update_share, trainable_advantages
@@ -42,7 +44,8 @@ class GD2POTrainer(PatchedGRPOTrainer):
 
     Args:
         model, reward_funcs, train_dataset, eval_dataset, processing_class, callbacks, peft_config, ...:
-            As in [`~trl.GRPOTrainer`].
+            As in [`~trl.GRPOTrainer`]. A reward function, or an environment's class, may declare `reward_names`: it
+            then returns a mapping of these names per rollout (or of names to lists), and each is a reward of its own.
         args ([`GD2POConfig`] or [`~trl.GRPOConfig`], *optional*):
             Configuration. A plain `GRPOConfig` gets the defaults of GD²PO for all that it lacks.
 
@@ -106,7 +109,19 @@ class GD2POTrainer(PatchedGRPOTrainer):
             }
         )
 
-        super().__init__(model, reward_funcs, args, *positional, **kwargs)
+        functions = [] if reward_funcs is None else reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        reward_funcs, weights = expand_parts(functions), args.reward_weights
+        if isinstance(classes := kwargs.get("reward_processing_classes"), list) and len(classes) == len(functions):
+            pairs = zip(functions, classes, strict=True)
+            kwargs["reward_processing_classes"] = [item for func, item in pairs for _ in part_names(func) or [None]]
+        given = len(reward_funcs)
+        try:
+            # TRL takes weights of `reward_funcs` alone, and gives an environment's reward 1.
+            args.reward_weights = None if weights is None else weights[:given]
+            super().__init__(model, reward_funcs, args, *positional, **kwargs)
+        finally:
+            args.reward_weights = weights
+        expand_environment_parts(self, given, weights)
         check_trainable(self.model)
         check_reward_names(self.reward_func_names)
         self._estimator = load_estimator(args.estimator, args.estimator_kwargs)
@@ -131,10 +146,15 @@ class GD2POTrainer(PatchedGRPOTrainer):
             **{"chat_template": self.chat_template, **self.chat_template_kwargs},
         )
         self._reward_guard = RewardGuard(args.reward_timeout, self.accelerator.num_processes > 1, prefill)
+        for call in {func.shared_call for func in self.reward_funcs if hasattr(func, "shared_call")}:
+            call.func = self._reward_guard.wrap(call.func, name_of(call.func))
         self.reward_funcs = [
-            func if isinstance(func, nn.Module) else self._reward_guard.wrap(func, name)
+            func
+            if isinstance(func, nn.Module) or hasattr(func, "shared_call")
+            else self._reward_guard.wrap(func, name)
             for func, name in zip(self.reward_funcs, self.reward_func_names, strict=True)
         ]
+        self._gates = RewardGates(args.reward_gates, self.reward_func_names, args.closed_gate_reward)
         self._captured_rewards: torch.Tensor | None = None
         self._batches_without_gradient = 0
         if args.update_share < 1:
@@ -164,8 +184,14 @@ class GD2POTrainer(PatchedGRPOTrainer):
             for message in self._silent_rewards.after_batch(rewards):
                 logger.warning(message)
         self._validation.record(prompts, completions, rewards)
-        self._captured_rewards = rewards
-        return rewards
+        if self._gates:
+            for name, value in self._gates.metrics(rewards).items():
+                self._metrics["train" if self.model.training else "eval"][name].append(value)
+            for column, values in self._gates.raw_columns(rewards).items():
+                self._logs["extra"][column].extend(values)
+        # Also what TRL logs, and sums for GRPO.
+        self._captured_rewards = self._gates.apply(rewards)
+        return self._captured_rewards
 
     def _generate_and_score_completions(self, inputs):
         with self._weights_of_the_step():

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .gd2po_config import METHODS, GD2POConfig
+from .reward_gates import Condition, parse_gates
 
 
 METHOD_TITLES = {"grpo": "GRPO", "gdpo": "GDPO", "gd2po_hard": "GD²PO-Hard", "gd2po_snr": "GD²PO-SNR"}
@@ -65,8 +66,10 @@ def training_section(
     Returns:
         `str`: the section, starting with its heading.
     """
+    gates = parse_gates(args.reward_gates or {})
     rewards = "\n".join(
-        f"| `{name}` | {weight:g} |" for name, weight in zip(reward_names, reward_weights, strict=True)
+        f"| `{name}` | {weight:g} | {_counts_where(gates.get(name, []), args.closed_gate_reward)} |"
+        for name, weight in zip(reward_names, reward_weights, strict=True)
     )
     values = {**vars(args), "estimator": args.estimator_name()}
     settings = "\n".join(f"| `{name}` | `{values[name]}` |" for name in SETTINGS)
@@ -74,9 +77,14 @@ def training_section(
         "## Rewards and method\n\n"
         f"Trained with {method_title(args)} by `gd2po_trl` "
         "([arXiv 2606.16771](https://arxiv.org/abs/2606.16771)).\n\n"
-        f"| reward | weight |\n| --- | --- |\n{rewards}\n\n"
+        f"| reward | weight | counts |\n| --- | --- | --- |\n{rewards}\n\n"
         f"| setting | value |\n| --- | --- |\n{settings}\n{_changes(changes)}"
     )
+
+
+def _counts_where(conditions: Sequence[Condition], closed: str) -> str:
+    texts = [f"`{one.reward} {one.operator} {one.threshold:g}`" for one in conditions]
+    return f"where {' and '.join(texts)}, else {closed}" if texts else "everywhere"
 
 
 def _changes(changes: Sequence[str]) -> str:

@@ -14,7 +14,9 @@ from torch import nn
 from .datasets.prompts import check_prompts_render
 from .errors import UsageError
 from .estimators import check_estimator, load_estimator
+from .reward_gates import check_gates
 from .reward_guard import name_of, refused_arguments, required_arguments, takes_no_kwargs
+from .reward_parts import expand_parts
 from .run_log import is_table_column
 from .schedules import check_weight_schedules, read_weight_schedules
 
@@ -52,22 +54,28 @@ def check_before_loading(arguments: dict[str, Any]) -> None:
         if not isinstance(func, (str, nn.Module)) and not callable(func):
             raise ValueError(f"`reward_funcs[{index}]` is {func!r}; it must be a function, a reward model or its id.")
     functions = [func for func in reward_funcs if not isinstance(func, (str, nn.Module))]
+    rewards = expand_parts(reward_funcs)
     names = [
         func.rstrip("/").split("/")[-1] if isinstance(func, str) else name_of(func)
-        for func in reward_funcs
+        for func in rewards
         if not isinstance(func, nn.Module)
     ]
     check_reward_names(names)
     weights = args.reward_weights
-    if weights is not None and not adds_rewards and len(weights) != len(reward_funcs):
+    if weights is not None and not adds_rewards and len(weights) != len(rewards):
         raise ValueError(
-            f"`reward_weights` has {len(weights)} entries for {len(reward_funcs)} reward functions; give one for each."
+            f"`reward_weights` has {len(weights)} entries for {len(rewards)} rewards ({', '.join(names)}); give one for "
+            "each, in their order."
         )
-    if not adds_rewards:
+    if not adds_rewards and len(names) == len(rewards):  # TRL names a model that is given as an object
         check_weight_schedules(read_weight_schedules(args.reward_weight_schedules), names, weights)
+        check_gates(args.reward_gates or {}, names)
+    for name in {func.__name__ for func in rewards if hasattr(func, "shared_call")}:
+        if names.count(name) > 1:
+            raise ValueError(f"{name!r} is a part of one reward function and the name of another reward; rename one.")
     estimator = load_estimator(args.estimator, args.estimator_kwargs)
     if estimator is not None:
-        check_estimator(estimator, 2 if adds_rewards else len(reward_funcs), args.num_generations)
+        check_estimator(estimator, 2 if adds_rewards else len(rewards), args.num_generations)
     if isinstance(dataset, Dataset):
         needed = args.generation_batch_size // args.num_generations
         if len(dataset) < needed:  # TRL leaves out a generation batch that is not full

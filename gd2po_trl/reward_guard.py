@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from .errors import RewardError
+from .reward_parts import is_async, part_names
 from .run_log import is_table_column
 
 
@@ -40,6 +41,14 @@ def check_rewards(values: Any, expected: int, name: str) -> list[float | None]:
     """
     if isinstance(values, torch.Tensor) or hasattr(values, "tolist"):
         values = values.tolist()
+    items = values if isinstance(values, (list, tuple)) else [values]
+    mapping = next((item for item in items if isinstance(item, Mapping)), None)
+    if mapping is not None:
+        raise RewardError(
+            f"The reward function '{name}' returned a mapping and does not declare its parts: set `reward_names = "
+            f"{list(map(str, mapping))}` on the function or its class (in a recipe: `reward_names` under the reward's "
+            "label in `reward_kwargs`), and each becomes a reward of its own."
+        )
     if not isinstance(values, (list, tuple)):
         raise RewardError(
             f"The reward function '{name}' returned {type(values).__name__}; it must return a list with one number or "
@@ -61,6 +70,38 @@ def check_rewards(values: Any, expected: int, name: str) -> list[float | None]:
                 raise _not_a_number(name, index, value) from None
         rewards.append(value)
     return rewards
+
+
+def check_parts(values: Any, expected: int, name: str, names: Sequence[str]) -> dict[str, list[float | None]]:
+    """
+    The rewards of each part that the function `name` returned: a mapping of names to lists, or a list with a mapping
+    per completion. `None` in place of a list or a mapping leaves all of it unscored.
+
+    Raises:
+        [`RewardError`]: if it is neither, a name is missing or was not declared, or as [`check_rewards`].
+    """
+    values = values.tolist() if hasattr(values, "tolist") else values
+    rows = values if isinstance(values, (list, tuple)) else [values]
+    start = f"The reward function '{name}' declares the parts {', '.join(names)} and returned"
+    for row in rows:
+        if not isinstance(row, Mapping) and (row is not None or rows is not values):
+            where = "a list with " if rows is values else ""
+            raise RewardError(
+                f"{start} {where}{type(row).__name__}; it must return a mapping of these names to lists, or a list "
+                "with one mapping per completion."
+            )
+        if row is not None and set(row) != set(names):
+            absent, other = set(names) - set(row), set(row) - set(names)
+            problem = f"{'without' if absent else 'with'} {', '.join(sorted(map(str, absent or other)))}"
+            raise RewardError(
+                f"{start} a mapping {problem}. Every name that is declared has to be there, None where it is not "
+                "scored, and no other."
+            )
+    if isinstance(values, Mapping):
+        columns = {part: [None] * expected if values[part] is None else values[part] for part in names}
+    else:
+        columns = {part: [None if row is None else row[part] for row in rows] for part in names}
+    return {part: check_rewards(column, expected, f"{name}: {part}") for part, column in columns.items()}
 
 
 def _not_a_number(name: str, index: int, value: Any) -> RewardError:
@@ -148,33 +189,47 @@ class RewardGuard:
         self._names: set[str] = set()
 
     def wrap(self, reward_func: Callable, name: str) -> Callable:
-        """`reward_func`, sync or async, under guard; TRL calls it with keyword arguments and `prompts` among them."""
-        unwrapped: Any = reward_func
-        while isinstance(unwrapped, functools.partial):
-            unwrapped = unwrapped.func
-        is_async = inspect.iscoroutinefunction(unwrapped) or inspect.iscoroutinefunction(unwrapped.__call__)
-        self._names.add(name)
+        """
+        `reward_func`, sync or async, under guard; TRL calls it with keyword arguments and `prompts` among them.
 
-        async def awaited(*, prompts: list, **kwargs: Any) -> list[float | None]:
+        Of a function that declares `reward_names` it is a mapping of these names to lists that is returned.
+        """
+        parts = part_names(reward_func)
+        self._names.update(parts or [name])
+
+        def checked(values: Any, count: int) -> Any:
+            return check_rewards(values, count, name) if parts is None else check_parts(values, count, name, parts)
+
+        def failed(error: Exception, count: int) -> Any:
+            nothing = self._fail(self._describe(error, name), count, error)
+            return nothing if parts is None else dict.fromkeys(parts, nothing)
+
+        async def awaited(*, prompts: list, **kwargs: Any) -> Any:
             try:
                 call = self._bound(reward_func, name, prompts=prompts, **kwargs)
-                return check_rewards(await self._result_of(call, "environments" in kwargs), len(prompts), name)
+                return checked(await self._result_of(call, "environments" in kwargs), len(prompts))
             except Exception as error:
-                return self._fail(self._describe(error, name), len(prompts), error)
+                return failed(error, len(prompts))
 
-        def called(*, prompts: list, **kwargs: Any) -> list[float | None]:
+        def called(*, prompts: list, **kwargs: Any) -> Any:
             try:
                 call = self._bound(reward_func, name, prompts=prompts, **kwargs)
                 with _directory_kept(), _leaving_caught():
                     values = call() if self.timeout is None else _call_with_timeout(call, self.timeout)
-                return check_rewards(values, len(prompts), name)
+                return checked(values, len(prompts))
             except Exception as error:
-                return self._fail(self._describe(error, name), len(prompts), error)
+                return failed(error, len(prompts))
 
-        guarded: Any = awaited if is_async else called
+        guarded: Any = awaited if is_async(reward_func) else called
         guarded.__name__ = name
         guarded.__wrapped__ = reward_func
         return guarded
+
+    def score(self, reward_func: Callable, name: str, **arguments: Any) -> dict[str, list[float | None]]:
+        """One call of `reward_func`, sync or async, outside a training: its rewards by its name, or by part."""
+        result = self.wrap(reward_func, name)(**arguments)
+        result = asyncio.run(result) if inspect.iscoroutine(result) else result
+        return result if isinstance(result, dict) else {name: result}
 
     def raise_failures(self, gather_object: Callable[[list], list]) -> None:
         """End every process with the failures of all, if there are any. A collective call."""

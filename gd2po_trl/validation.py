@@ -69,10 +69,12 @@ class Validation(TrainerCallback):
             self._is_running = False
         metrics = trainer._metrics["eval"]
         if self._rewards:
-            rewards = torch.cat(self._rewards)[: _number_of_rows(dataloader, trainer.num_generations_eval)]
-            weights = trainer.reward_weights.to(rewards)
-            metrics.update({key: [value] for key, value in _statistics(rewards, weights, trainer).items()})
-            self._write_table(rewards)
+            raw = torch.cat(self._rewards)[: _number_of_rows(dataloader, trainer.num_generations_eval)]
+            gates = trainer._gates
+            rewards, weights = gates.apply(raw), trainer.reward_weights.to(raw)
+            statistics = {**_statistics(rewards, weights, trainer), **gates.metrics(raw)}
+            metrics.update({key: [value] for key, value in statistics.items()})
+            self._write_table(rewards, gates.raw_columns(raw))
         if self._name:
             named = {f"{self._name}_{key}": values for key, values in metrics.items()}
             metrics.clear()
@@ -85,7 +87,7 @@ class Validation(TrainerCallback):
 
         Args:
             prompts, completions (sequences of length `B` / processes): Of this process.
-            rewards (`torch.Tensor` of shape `(B, K)`): Of all processes, in their order.
+            rewards (`torch.Tensor` of shape `(B, K)`): Of all processes, in their order, before any gate.
         """
         if not self._is_running:
             return
@@ -109,7 +111,7 @@ class Validation(TrainerCallback):
             for place, name, value in before:
                 setattr(place, name, value)
 
-    def _write_table(self, rewards: torch.Tensor) -> None:
+    def _write_table(self, rewards: torch.Tensor, extra: dict[str, list[float]]) -> None:
         trainer = self.trainer
         if not self._texts or not trainer.accelerator.is_main_process:
             return
@@ -121,6 +123,7 @@ class Validation(TrainerCallback):
             "prompt": prompts[: len(rewards)],
             "completion": completions[: len(rewards)],
             **dict(zip(trainer.reward_func_names, rewards.T.tolist(), strict=True)),
+            **extra,
         }
         folder = Path(trainer.args.output_dir) / "completions"
         folder.mkdir(parents=True, exist_ok=True)

@@ -181,8 +181,12 @@ def _recipe_settings(folder: Path, names: list[str]) -> tuple[list[float] | None
     """Weights of the rewards `names` and `scale_rewards`, as `recipe.yaml` has them; `None` for weights it lacks."""
     try:
         recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
-        labels = [str(label).rstrip("/").rpartition("/")[2] for label in recipe["reward_funcs"]]
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
+        parts = {
+            label: (kwargs or {}).get("reward_names") for label, kwargs in (recipe.get("reward_kwargs") or {}).items()
+        }
+        named = [parts.get(label) or [str(label).rstrip("/").rpartition("/")[2]] for label in recipe["reward_funcs"]]
+        labels = [name for names in named for name in names]
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError):
         return None, "group"
     scale = {True: "group", False: "none"}.get(recipe.get("scale_rewards", "group"), recipe.get("scale_rewards"))
     scale = scale if scale in ("group", "batch", "none") else "group"

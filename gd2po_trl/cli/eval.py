@@ -373,7 +373,7 @@ def _bfcl(arguments: argparse.Namespace) -> int:
 
 def _safe_alignment(arguments: argparse.Namespace) -> int:
     from ..evaluation.inputs import data_options, reward_options
-    from ..evaluation.scoring import compute_scores, resolve_rewards
+    from ..evaluation.scoring import compute_scores, resolve_rewards, score_labels
     from ..recipe.values import without_secrets
     from ..tasks.safe_alignment import evaluation as task
 
@@ -382,7 +382,8 @@ def _safe_alignment(arguments: argparse.Namespace) -> int:
     sets, source = _predict_both(arguments, rows, _baseline(arguments, rows))
     scores = compute_scores(rows, sets, rewards)
     baseline = scores.get("baseline")
-    results = task.summarize(rows, sets["model"], scores["model"], list(rewards), baseline, arguments.protocol)
+    labels = score_labels(rewards)
+    results = task.summarize(rows, sets["model"], scores["model"], labels, baseline, arguments.protocol)
     lines = [{"id": row.id, **scores["model"][row.id]} for row in rows]
     if baseline is not None:
         lines = [{**line, "baseline": baseline[line["id"]]} for line in lines]
@@ -392,7 +393,7 @@ def _safe_alignment(arguments: argparse.Namespace) -> int:
 def _rewards(arguments: argparse.Namespace) -> int:
     from ..evaluation import rewards as task
     from ..evaluation.inputs import data_of, data_options, reward_options, rewards_of
-    from ..evaluation.scoring import compute_scores, resolve_rewards
+    from ..evaluation.scoring import compute_scores, resolve_rewards, score_labels
     from ..recipe.values import without_secrets
 
     recipe, model = _recipe_of(arguments), arguments.adapter or arguments.model
@@ -402,9 +403,12 @@ def _rewards(arguments: argparse.Namespace) -> int:
         raise UsageError(
             f"which rewards? There is no recipe with `reward_funcs` in {where}; give --reward or --config."
         )
-    weights = (not arguments.reward and recipe.get("reward_weights")) or [1.0] * len(options)
-    weights = dict(zip(options, weights, strict=True))
     rewards = resolve_rewards(options, columns=True)
+    labels = score_labels(rewards)
+    given = (not arguments.reward and recipe.get("reward_weights")) or [1.0] * len(labels)
+    if len(given) != len(labels):
+        raise UsageError(f"`reward_weights` has {len(given)} entries for the rewards {', '.join(labels)}.")
+    weights = dict(zip(labels, given, strict=True))
     rows = task.load_rows(
         data_options(arguments.data) if arguments.data else data_of(recipe), rewards, arguments.limit
     )
@@ -424,10 +428,10 @@ def _rewards(arguments: argparse.Namespace) -> int:
         task.add_completion_ids(sets.values(), model)
     scores = compute_scores(rows, sets, rewards, **task.reward_arguments(model))
     results = task.summarize(rows, sets["model"], scores["model"], weights, scores.get("baseline"))
-    lines = [{"id": row.id, **{label: scores["model"][row.id][label] for label in rewards}} for row in rows]
+    lines = [{"id": row.id, **{label: scores["model"][row.id][label] for label in labels}} for row in rows]
     if "baseline" in scores:
         lines = [
-            {**line, "before": {label: scores["baseline"][line["id"]][label] for label in rewards}} for line in lines
+            {**line, "before": {label: scores["baseline"][line["id"]][label] for label in labels}} for line in lines
         ]
     results |= {**source, "rewards": without_secrets(options), "weights": weights}
     return _report(arguments, task, results, lines)

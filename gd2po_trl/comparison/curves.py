@@ -53,7 +53,8 @@ def read_curves(
 
     A log entry without a new generation batch (a batch serves several updates) says nothing about rollouts: it costs
     what the last batch did and is no point of the rewards. Where a reward has no value at a point, since it scored no
-    rollout there, it is interpolated between the steps that have one.
+    rollout there, it is interpolated between the steps that have one. A reward behind a gate is read as it was before
+    the gate, so that runs with other gates or none measure the same.
 
     Args:
         state (`dict`): Content of `trainer_state.json`.
@@ -65,7 +66,10 @@ def read_curves(
         [`UsageError`]: if the log has no value of a reward.
     """
     training = [entry for entry in state["log_history"] if "step_time" in entry]
-    keys = {name: f"{'eval_' if held_out else ''}rewards/{name}/mean" for name in reward_names}
+    prefix = "eval_" if held_out else ""
+    keys = {name: f"{prefix}rewards/{name}/mean" for name in reward_names}
+    raw = {name: f"{prefix}gd2po/raw/{name}" for name in reward_names}
+    keys |= {name: key for name, key in raw.items() if any(key in entry for entry in state["log_history"])}
 
     def is_point(entry: dict[str, Any]) -> bool:
         return any(key in entry for key in keys.values())

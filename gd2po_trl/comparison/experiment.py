@@ -317,16 +317,23 @@ class Experiment:
 
 
 def _check_recipes(recipes: "dict[str, Recipe]", *, measure: str) -> None:
+    from ..reward_gates import check_gates
+
     first = next(iter(recipes))
-    rewards = recipes[first].arguments.reward_funcs
+    rewards = list(_weights(recipes[first]))
     for name, recipe in recipes.items():
         arguments = recipe.arguments
-        if set(arguments.reward_funcs) != set(rewards):
+        names = list(_weights(recipe))
+        if set(names) != set(rewards):
             raise UsageError(
-                f"{name} has the rewards {', '.join(arguments.reward_funcs)}, and {first} has {', '.join(rewards)}; "
+                f"{name} has the rewards {', '.join(names)}, and {first} has {', '.join(rewards)}; "
                 "only runs with the same rewards can be compared. A reward of weight 0 (`reward_weights`) is logged "
                 "and not trained on."
             )
+        try:
+            check_gates(recipe.training.reward_gates or {}, names)
+        except ValueError as error:
+            raise UsageError(f"{name}: {error}") from error
         if measure == "eval" and isinstance(arguments.eval_dataset, dict):
             raise UsageError(
                 f"--measure eval: {name}: `eval_dataset` holds several sets ({', '.join(arguments.eval_dataset)}), "
@@ -340,8 +347,15 @@ def _check_recipes(recipes: "dict[str, Recipe]", *, measure: str) -> None:
 
 
 def _weights(recipe: "Recipe") -> dict[str, float]:
-    labels = recipe.arguments.reward_funcs
-    return dict(zip(labels, recipe.training.reward_weights or [1.0] * len(labels), strict=True))
+    """By reward, where a function with parts is as many."""
+    from ..rewards import reward_names
+
+    beside = None if recipe.path is None else recipe.path.parent
+    names = reward_names(recipe.arguments.reward_funcs, recipe.arguments.reward_kwargs, beside=beside)
+    weights = recipe.training.reward_weights or [1.0] * len(names)
+    if len(weights) != len(names):
+        raise UsageError(f"`reward_weights` has {len(weights)} entries for the rewards {', '.join(names)}.")
+    return dict(zip(names, weights, strict=True))
 
 
 def _directions(recipe: "Recipe") -> dict[str, int]:

@@ -1,6 +1,5 @@
 """Scores of completions under reward functions, which get what they get in training."""
 
-import asyncio
 import gc
 import inspect
 import math
@@ -9,6 +8,7 @@ from typing import Any
 
 from ..errors import UsageError
 from ..reward_guard import RewardError, RewardGuard, refused_arguments, required_arguments, takes_no_kwargs
+from ..reward_parts import part_names
 from ..rewards import resolve_reward
 from .predictions import EvalRow, prefill_of
 
@@ -31,8 +31,6 @@ def resolve_rewards(rewards: dict[str, dict[str, Any]], *, columns: bool = False
     """
     if not rewards:
         raise UsageError("No reward to score with; give at least one --reward.")
-    if SUM in rewards:
-        raise UsageError(f"A reward cannot be called {SUM!r}; that is the name of their sum.")
     resolved = {}
     for label, kwargs in rewards.items():
         reward = resolve_reward(label, kwargs)
@@ -50,7 +48,24 @@ def resolve_rewards(rewards: dict[str, dict[str, Any]], *, columns: bool = False
                 "rewards the prompts and completions alone; leave it out."
             )
         resolved[label] = reward
+    score_labels(resolved)
     return resolved
+
+
+def score_labels(rewards: dict[str, Callable]) -> list[str]:
+    """
+    The names of the scores: the labels of `rewards`, and in place of a function with parts these.
+
+    Raises:
+        [`UsageError`]: if two have the same name, or one that of the sum.
+    """
+    labels = [name for label, reward in rewards.items() for name in part_names(reward) or [label]]
+    for name in labels:
+        if name == SUM:
+            raise UsageError(f"A reward cannot be called {SUM!r}; that is the name of their sum.")
+        if labels.count(name) > 1:
+            raise UsageError(f"Two rewards, or parts of them, are called {name!r}.")
+    return labels
 
 
 def compute_scores(
@@ -78,8 +93,9 @@ def compute_scores(
     """
     from tqdm import tqdm
 
+    labels = score_labels(rewards)
     scores: dict[str, dict[str, dict[str, float | None]]] = {
-        name: {row.id: dict.fromkeys(rewards) for row in rows} for name in predictions
+        name: {row.id: dict.fromkeys(labels) for row in rows} for name in predictions
     }
     todo = [
         (name, row, given[row.id])
@@ -90,19 +106,19 @@ def compute_scores(
     prefills: list[str] = []  # of the completions that are scored now
     guard = RewardGuard(prefill=lambda _: prefills)
     for label, function in rewards.items():
-        reward = guard.wrap(function, label)
         with tqdm(total=len(todo), desc=f"Scoring: {label}", unit="row") as bar:
             for start in range(0, len(todo), _CHUNK):
                 names, chunk, given = zip(*todo[start : start + _CHUNK], strict=True)
                 prefills = [prefill_of(record) for record in given]
                 try:
-                    values = _call(reward, **_data_arguments(chunk, given), **arguments)
+                    columns = guard.score(function, label, **_data_arguments(chunk, given), **arguments)
                 except RewardError as error:
                     raise UsageError(f"{error} The completions are kept.") from error
-                for name, row, value in zip(names, chunk, values, strict=True):
-                    if value is not None and math.isfinite(value):
-                        scores[name][row.id][label] = value
-                bar.update(len(values))
+                for part, column in columns.items():
+                    for name, row, value in zip(names, chunk, column, strict=True):
+                        if value is not None and math.isfinite(value):
+                            scores[name][row.id][part] = value
+                bar.update(len(chunk))
         _unload(function)
     for by_row in scores.values():
         for score in by_row.values():
@@ -138,8 +154,3 @@ def _unload(reward: Callable) -> None:
 
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-def _call(reward: Callable, **arguments: Any) -> list[float | None]:
-    result = reward(**arguments)
-    return asyncio.run(result) if inspect.iscoroutine(result) else result

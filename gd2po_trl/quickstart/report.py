@@ -88,12 +88,14 @@ def print_samples(
         console (`rich.console.Console`): Where to print.
     """
     from ..progress import print_sample
+    from ..reward_guard import RewardGuard
 
     prompts, answers = [row["prompt"] for row in rows], [row["answer"] for row in rows]
-    scores = {
-        label: {name: func(prompts=prompts, completions=texts, answer=answers) for name, func in rewards.items()}
-        for label, texts in completions.items()
-    }
+    scores: dict[str, dict[str, list[float | None]]] = {label: {} for label in completions}
+    for label, texts in completions.items():
+        for name, func in rewards.items():
+            arguments = {"prompts": prompts, "completions": list(texts), "answer": answers}
+            scores[label] |= RewardGuard().score(func, name, **arguments)
     for index, prompt in enumerate(prompts):
         headings = {
             label: ", ".join(f"{name} {values[index]:.2f}" for name, values in scores[label].items())

@@ -243,13 +243,19 @@ def _as_written(value: Any, hint: Any) -> Any:
 
 
 def _check_weights(arguments: Any, training: Any) -> None:
+    from ..rewards import is_user_code
+
     weights = training.reward_weights
     if weights is None:
         return
-    if len(weights) != len(arguments.reward_funcs):
+    named = [arguments.reward_kwargs.get(label, {}).get("reward_names") or [label] for label in arguments.reward_funcs]
+    names = [str(name) for parts in named for name in parts]
+    # A function of the user's own may have several parts, which is known once it is imported.
+    may_be_more = any(is_user_code(arguments.reward_kwargs.get(name, {}).get("type", name)) for name in names)
+    if len(weights) != len(names) and not (may_be_more and len(weights) > len(names)):
         raise UsageError(
-            f"`reward_weights` has {len(weights)} entries for {len(arguments.reward_funcs)} rewards "
-            f"({', '.join(arguments.reward_funcs)}); give one for each, in this order."
+            f"`reward_weights` has {len(weights)} entries for {len(names)} rewards ({', '.join(names)}); give one for "
+            "each, in this order."
         )
     for weight in weights:
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or weight != weight or abs(weight) > 1e30:

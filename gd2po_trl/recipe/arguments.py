@@ -56,7 +56,8 @@ class RecipeArguments(DatasetArguments):
             One label per reward, under which it is logged: a built-in short name, a dotted path, or the id or folder
             of a reward model; or any label for which `reward_kwargs` has a `type`.
         reward_kwargs (`dict[str, dict]` or `None`, *optional*):
-            Keyword arguments per label (JSON on the command line); the key `type` says what the label stands for.
+            Keyword arguments per label (JSON on the command line); the key `type` says what the label stands for, and
+            `reward_names` which parts a function has that returns a mapping and does not declare them itself.
         verdict_steps (`int` or `None`, *optional*):
             After every so many optimizer steps, and at the end, log what `gd2po analyze` says of the rewards.
     """

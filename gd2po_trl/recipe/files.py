@@ -88,7 +88,7 @@ def _with_mappings(layer: dict[str, Any]) -> dict[str, Any]:
     """`layer` with the JSON texts among its values as mappings, as a command line has them."""
 
     def is_json(key: str, value: Any) -> bool:
-        takes_mappings = key.endswith("_kwargs") or key in ("eval_dataset", SCHEDULES)
+        takes_mappings = key.endswith("_kwargs") or key in ("eval_dataset", "reward_gates", SCHEDULES)
         return takes_mappings and isinstance(value, str) and value.lstrip().startswith("{")
 
     return {key: as_mapping(key, value) if is_json(key, value) else value for key, value in layer.items()}

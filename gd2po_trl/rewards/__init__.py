@@ -4,12 +4,13 @@ import difflib
 import functools
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from ..reward_parts import is_async, part_names
 from .user_code import build_object, import_object, is_dotted_path, one_line, path_of_file
 
 
@@ -38,7 +39,8 @@ def resolve_reward(label: str, kwargs: dict[str, Any] | None = None, *, beside: 
         kwargs (`dict`, *optional*):
             Keyword arguments. `type` says what the label stands for, and defaults to the label itself: a built-in
             short name, the dotted path of a function or class, or the folder or Hub id of a sequence classifier with
-            one label.
+            one label. `reward_names` lists the parts of a function that returns a mapping and does not declare them
+            itself.
         beside (`Path`, *optional*):
             Folder of the recipe, for the message about a module that is not found.
 
@@ -50,7 +52,53 @@ def resolve_reward(label: str, kwargs: dict[str, Any] | None = None, *, beside: 
             sequence classifier with one label.
     """
     kwargs = dict(kwargs or {})
-    kind = kwargs.pop("type", label)
+    kind, names = kwargs.pop("type", label), kwargs.pop("reward_names", None)
+    reward = _resolve(kind, label, kwargs, beside)
+    try:
+        if names is None:
+            part_names(reward)
+            return reward
+        if isinstance(reward, str):
+            raise ValueError("`reward_names` belongs to a function that returns a mapping, and this is a classifier.")
+        reward = _named(reward, label, wrap=True)
+        reward.reward_names = names
+        part_names(reward)
+    except ValueError as error:
+        raise UsageError(f"The reward '{label}': {error}") from error
+    return reward
+
+
+def reward_names(labels: Sequence[str], kwargs: dict[str, dict[str, Any]], *, beside: Path | None = None) -> list[str]:
+    """
+    The names under which a recipe's rewards are logged: labels, and in place of a function with parts these.
+
+    No model is loaded. A function of the user's own is imported where the recipe does not say its `reward_names`.
+
+    Args:
+        labels (sequence of `str`), kwargs (`dict`):
+            The recipe's `reward_funcs` and `reward_kwargs`.
+        beside (`Path`, *optional*):
+            Folder of the recipe.
+
+    Raises:
+        [`UsageError`]: as [`resolve_reward`].
+    """
+    names: list[str] = []
+    for label in labels:
+        options = kwargs.get(label) or {}
+        parts = options.get("reward_names")
+        if parts is None and is_user_code(options.get("type", label)):
+            parts = part_names(resolve_reward(label, options, beside=beside))
+        names += parts or [label]
+    return names
+
+
+def is_user_code(kind: Any) -> bool:
+    """Whether the `type` of a reward is the dotted path of a function or a class."""
+    return isinstance(kind, str) and kind not in BUILT_IN and is_dotted_path(kind)
+
+
+def _resolve(kind: Any, label: str, kwargs: dict[str, Any], beside: Path | None) -> Callable | str:
     if not isinstance(kind, str):
         raise UsageError(f"`type` of the reward '{label}' is {kind!r}; it must be a name.")
     if kind in BUILT_IN:
@@ -132,9 +180,9 @@ def load_reward(reward_func: Any) -> None:
         raise UsageError(f"The reward '{label}' cannot be loaded: {kind}{one_line(error)}") from error
 
 
-def _named(reward_func: Callable, label: str) -> Callable:
-    """`reward_func` under the name `label`, by which TRL logs it."""
-    if getattr(reward_func, "__name__", None) == label:
+def _named(reward_func: Callable, label: str, *, wrap: bool = False) -> Any:
+    """`reward_func` under the name `label`, by which TRL logs it; a function of its own with `wrap`."""
+    if getattr(reward_func, "__name__", None) == label and not wrap:
         return reward_func
     unbound: Any = reward_func.func if isinstance(reward_func, functools.partial) else reward_func
 
@@ -144,13 +192,12 @@ def _named(reward_func: Callable, label: str) -> Callable:
     def called(**kwargs: Any) -> list[float | None]:
         return reward_func(**kwargs)
 
-    is_async = inspect.iscoroutinefunction(unbound) or inspect.iscoroutinefunction(unbound.__call__)
-    reward: Any = awaited if is_async else called
+    reward: Any = awaited if is_async(reward_func) else called
     reward.__name__ = reward.__qualname__ = label
     reward.__wrapped__ = reward_func
     # The trainer reads off the signature which dataset columns the reward needs.
     reward.__signature__ = inspect.signature(reward_func)
-    for method in OPTIONAL_METHODS:
-        if hasattr(unbound, method):
-            setattr(reward, method, getattr(unbound, method))
+    for name in (*OPTIONAL_METHODS, "reward_names"):
+        if hasattr(unbound, name):
+            setattr(reward, name, getattr(unbound, name))
     return reward

@@ -13,6 +13,7 @@ from ..errors import RewardError, UsageError
 from ..estimators import load_estimator
 from ..preflight import check_packages, check_progress
 from ..recipe import Recipe
+from ..reward_parts import part_names
 from ..rewards import load_reward, resolve_reward
 from ..run_log import checkpoint_to_resume
 from .policy import check_model, load_tokenizer, policy_arguments
@@ -59,10 +60,20 @@ def run_recipe(recipe: Recipe, *, callbacks: Sequence["TrainerCallback"] = ()) -
 
 
 def resolve_rewards(recipe: Recipe) -> list[Any]:
-    """The rewards of a recipe, as [`resolve_reward`] gives them; its estimator has to be there, too."""
+    """
+    The rewards of a recipe, as [`resolve_reward`] gives them; its estimator has to be there, too.
+
+    Parts that a function declares are added to the recipe's settings, so that its record names every reward, and a run
+    cannot go on with other ones.
+    """
     kwargs, beside = recipe.arguments.reward_kwargs, None if recipe.path is None else recipe.path.parent
     load_estimator(recipe.training.estimator, recipe.training.estimator_kwargs, beside=beside)
-    return [resolve_reward(label, kwargs.get(label), beside=beside) for label in recipe.arguments.reward_funcs]
+    rewards = [resolve_reward(label, kwargs.get(label), beside=beside) for label in recipe.arguments.reward_funcs]
+    for label, reward in zip(recipe.arguments.reward_funcs, rewards, strict=True):
+        if (names := part_names(reward)) is not None:
+            kwargs[label] = {**kwargs.get(label, {}), "reward_names": names}
+            recipe.settings["reward_kwargs"] = kwargs
+    return rewards
 
 
 def _train(

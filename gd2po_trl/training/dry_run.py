@@ -5,17 +5,16 @@ It reads the recipe, the data, the tokenizer and the policy's configuration, sco
 rewards, and says how long the texts are, how many steps there will be and how much memory they are expected to take.
 """
 
-import asyncio
-import inspect
 import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UsageError
+from ..errors import RewardError, UsageError
 from ..preflight import check_before_loading, check_packages
 from ..recipe import Recipe
+from ..reward_guard import RewardGuard
 from ..run_log import checkpoint_to_resume
 from . import _check_reward_kwargs, load_datasets, one_clear_error, resolve_rewards
 from .memory import Peak, PolicySize, activations_gb, meta_model, peak, policy_size, weight_bytes
@@ -177,9 +176,13 @@ def _score(
         if isinstance(reward, str) or hasattr(reward, "unload"):
             lines.append(f"{label}: not tried, a reward model")
             continue
-        scores = _call(reward, label, inputs)
-        shown = ", ".join("None" if score is None else f"{score:.4g}" for score in scores)
-        lines.append(f"{label}: {shown}")
+        try:
+            by_name = RewardGuard().score(reward, label, **inputs)
+        except RewardError as error:
+            raise UsageError(str(error)) from error
+        for name, scores in by_name.items():
+            shown = ", ".join("None" if score is None else f"{score:.4g}" for score in scores)
+            lines.append(f"{name}: {shown}")
     head = f"Rewards   of {len(rows)} completions, {origin}"
     return [head, *(f"          {line}" for line in lines)]
 
@@ -210,27 +213,6 @@ def _reward_inputs(rows: list[dict[str, Any]], tokenizer: Any) -> dict[str, Any]
         "log_extra": lambda *args: None,
         "log_metric": lambda *args: None,
     }
-
-
-def _call(reward: Any, label: str, inputs: dict[str, Any]) -> list[float | None]:
-    try:
-        scores = reward(**inputs)
-        if inspect.isawaitable(scores):
-            scores = asyncio.run(_awaited(scores))
-        scores = [None if score is None else float(score) for score in scores]
-    except UsageError:
-        raise
-    except Exception as error:
-        raise UsageError(f"The reward function '{label}' raised {type(error).__name__}: {error}") from error
-    if len(scores) != len(inputs["completions"]):
-        raise UsageError(
-            f"The reward function '{label}' gave {len(scores)} scores for {len(inputs['completions'])} completions."
-        )
-    return scores
-
-
-async def _awaited(scores: Any) -> Any:
-    return await scores
 
 
 # Lengths

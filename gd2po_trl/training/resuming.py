@@ -39,7 +39,7 @@ FIXED = (
     "use_rslora",
     "use_dora",
 )
-REWARDS = ("reward_funcs", "reward_kwargs")
+REWARDS = ("reward_funcs", "reward_kwargs", "reward_gates", "closed_gate_reward")
 # What a checkpoint brings with it, so that another value would not apply, or only halfway.
 OF_THE_CHECKPOINT = (
     "learning_rate",
@@ -208,8 +208,8 @@ def _differences(before: dict[str, Any], now: dict[str, Any], recipe: Recipe) ->
 def _comparable(key: str, value: Any, settings: dict[str, Any]) -> Any:
     if key == "reward_kwargs":
         return {label: (value or {}).get(label) or {} for label in settings.get("reward_funcs") or []}
-    if key == "reward_weights" and value is None:
-        return [1.0] * len(settings.get("reward_funcs") or [])
+    if key == "reward_weights" and value is not None and all(weight == 1 for weight in value):
+        return None
     if key.endswith("_path") and isinstance(value, str) and Path(value).expanduser().exists():
         return str(Path(value).expanduser().resolve())
     if key == "report_to" and value == "none":
