@@ -27,8 +27,8 @@ from tiny import (
 from gd2po_trl import GD2POTrainer
 from gd2po_trl.analysis.weights import _recipe_settings
 from gd2po_trl.cli import main
-from gd2po_trl.comparison.experiment import Experiment
-from gd2po_trl.comparison.variants import Variant
+from gd2po_trl.comparison import compare
+from gd2po_trl.comparison.experiment import _weights
 from gd2po_trl.errors import UsageError
 from gd2po_trl.evaluation.scoring import resolve_rewards, score_labels
 from gd2po_trl.recipe import load_recipe
@@ -335,10 +335,10 @@ def test_dry_run_evaluation_and_comparison_know_the_parts(recipe, tmp_path, caps
     assert main(["train", str(path), "--dry-run", "--reward_gates", '{"judge": "low > 1"}']) == 2
     assert "'judge'" in capsys.readouterr().err
 
-    experiment = Experiment(config=path, variants=[Variant("gdpo", "gdpo")], output=tmp_path / "compared")
-    assert experiment.weights == {"low": 1.0, "spread": 0.5}
+    assert _weights(load_recipe(path)) == {"low": 1.0, "spread": 0.5}
+    gated = {"g": {"method": "gdpo", "reward_gates": {"length": "low > 1"}}}
     with pytest.raises(UsageError, match="'length'"):
-        Experiment(config=path, variants=[Variant("v", "gdpo", ("--reward_gates", '{"length": "low > 1"}'))])
+        compare(path, ["gdpo"], variants=gated, output=tmp_path / "compared")
 
     rewards = resolve_rewards({"both": {"type": "test_reward_parts.both"}, "length": {}}, columns=True)
     assert score_labels(rewards) == [*NAMES, "length"]
