@@ -204,7 +204,7 @@ def test_parts_train_beside_other_rewards_and_run_once_per_batch(tiny_policy, tm
     functions = [spread_bytes, both, Judge(2.0)]
     with pytest.raises(ValueError, match="'low' is a part"):
         GD2POTrainer("no/model", functions, tiny_args(tmp_path), train_dataset=letters_dataset())
-    with pytest.raises(ValueError, match=r"2 entries.*3 rewards"):
+    with pytest.raises(ValueError, match=r"2 entries.*3 reward"):
         GD2POTrainer(
             "no/model", [both, low_bytes], tiny_args(tmp_path, reward_weights=[1, 1]), train_dataset=letters_dataset()
         )
