@@ -64,8 +64,8 @@ def check_before_loading(arguments: dict[str, Any]) -> None:
     weights = args.reward_weights
     if weights is not None and not adds_rewards and len(weights) != len(rewards):
         raise ValueError(
-            f"`reward_weights` has {len(weights)} entries for {len(rewards)} reward functions ({', '.join(names)}); give one "
-            "for each, in their order."
+            f"`reward_weights` has {len(weights)} entries for {len(rewards)} reward functions ({', '.join(names)}); "
+            "give one for each, in their order."
         )
     if not adds_rewards and len(names) == len(rewards):  # TRL names a model that is given as an object
         check_weight_schedules(read_weight_schedules(args.reward_weight_schedules), names, weights)
