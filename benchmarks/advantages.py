@@ -61,9 +61,9 @@ def loop_over_groups(rewards, token_counts):
     """One pass of tensor operations per prompt."""
     combined, kept = [], []
     for group in rewards.split(NUM_GENERATIONS):
-        normalised = (group - group.mean(0)) / (group.std(0) + 1e-6)
-        group_kept = ~((normalised > 1e-8).any(1) & (normalised < -1e-8).any(1))
-        combined.append(normalised.sum(1) * group_kept * group_kept.float().mean())
+        normalized = (group - group.mean(0)) / (group.std(0) + 1e-6)
+        group_kept = ~((normalized > 1e-8).any(1) & (normalized < -1e-8).any(1))
+        combined.append(normalized.sum(1) * group_kept * group_kept.float().mean())
         kept.append(group_kept)
     return whiten(torch.cat(combined), torch.cat(kept), token_counts)
 
@@ -77,10 +77,10 @@ def whiten(values, kept, token_counts):
 
 def formula_of_trl(rewards, token_counts):
     grouped = rewards.view(-1, NUM_GENERATIONS, rewards.size(1))
-    normalised = (grouped - torch.nanmean(grouped, dim=1, keepdim=True)) / (
+    normalized = (grouped - torch.nanmean(grouped, dim=1, keepdim=True)) / (
         nanstd(grouped, dim=1, keepdim=True) + 1e-4
     )
-    summed = normalised.view(-1, rewards.size(1)).nansum(dim=1)
+    summed = normalized.view(-1, rewards.size(1)).nansum(dim=1)
     return (summed - torch.nanmean(summed)) / (nanstd(summed) + 1e-4)
 
 

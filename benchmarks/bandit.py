@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
-from bandit_report import markdown, summarise
+from bandit_report import markdown, summarize
 
 from gd2po_trl import METHODS, compute_advantages
 from gd2po_trl.advantages import subsample_at
@@ -412,7 +412,7 @@ def run_experiment(experiment: Experiment, num_seeds: int, tuning_seeds: int) ->
         "steps": experiment.steps,
         "learning_rate_per_method": experiment.tuned,
         "show_each": experiment.show_each,
-        "methods": summarise(curves, learning_rates, baseline="gdpo"),
+        "methods": summarize(curves, learning_rates, baseline="gdpo"),
     }
 
 

@@ -9,7 +9,7 @@ from gd2po_trl.comparison.seed_statistics import Interval, holm, mean_interval, 
 TESTED = ("total", "worst", "total_auc", "worst_auc", "total_at_equal_updates")
 
 
-def summarise(curves: dict[str, tuple[torch.Tensor, torch.Tensor]], learning_rates: dict, baseline: str) -> list[dict]:
+def summarize(curves: dict[str, tuple[torch.Tensor, torch.Tensor]], learning_rates: dict, baseline: str) -> list[dict]:
     """
     Results per method.
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from bandit import BUDGET, Estimator, Rewards, within_group_spread
-from bandit_report import markdown, summarise
+from bandit_report import markdown, summarize
 
 
 TOKENS, LENGTH, PROMPTS, GROUP_SIZE, STEPS, LEARNING_RATE = 16, 8, 64, 4, 300, 0.1
@@ -135,7 +135,7 @@ def main() -> None:
             "learning_rate_per_method": False,
             "show_each": False,
         }
-        entry["methods"] = summarise(curves, dict.fromkeys(curves, LEARNING_RATE), baseline="gdpo")
+        entry["methods"] = summarize(curves, dict.fromkeys(curves, LEARNING_RATE), baseline="gdpo")
         document["experiments"].append(entry)
         (args.output / "token_chains.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
         (args.output / "token_chains.md").write_text(markdown(document), encoding="utf-8")

@@ -1,6 +1,6 @@
-"""Rewards in, advantages out: the estimator of GD²PO and of its relatives, as pure tensor maths.
+"""Rewards in, advantages out: the estimator of GD²PO and of its relatives, as pure tensor math.
 
-The formulas are those of GD²PO (arXiv 2606.16771) and GDPO (arXiv 2601.05242). Everything here is vectorised over the
+The formulas are those of GD²PO (arXiv 2606.16771) and GDPO (arXiv 2601.05242). Everything here is vectorized over the
 whole generation batch, runs on the device of its input and never waits for it.
 """
 
@@ -306,7 +306,7 @@ def _estimate(
 
 
 def _normalize(rewards: torch.Tensor, scale_rewards: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Normalise `rewards` `(K, G, groups)` per group; also return which rollouts any reward scored, `(G, groups)`."""
+    """Normalize `rewards` `(K, G, groups)` per group; also return which rollouts any reward scored, `(G, groups)`."""
     is_scored = ~torch.isnan(rewards)
     values = torch.where(is_scored, rewards, 0.0)
     count = is_scored.sum(1, keepdim=True, dtype=rewards.dtype)
@@ -318,8 +318,8 @@ def _normalize(rewards: torch.Tensor, scale_rewards: str) -> tuple[torch.Tensor,
     elif scale_rewards == "batch":
         total = is_scored.sum((1, 2), keepdim=True, dtype=rewards.dtype)
         mean = values.sum((1, 2), keepdim=True) / total.clamp(min=1.0)
-        centred = torch.where(is_scored, values - mean, 0.0)
-        deviation = deviation / (_sample_std(centred, total, dim=(1, 2)) + STD_EPS)
+        centered = torch.where(is_scored, values - mean, 0.0)
+        deviation = deviation / (_sample_std(centered, total, dim=(1, 2)) + STD_EPS)
     return deviation, is_scored.any(0)
 
 

@@ -33,7 +33,7 @@ def hand_made() -> pd.DataFrame:
 
 
 def naive_pushes(group, weights):
-    """Normalised and weighted rewards of a group, `None` for not scored."""
+    """Normalized and weighted rewards of a group, `None` for not scored."""
     columns = []
     for values, weight in zip(zip(*group, strict=True), weights, strict=True):
         known = [value for value in values if value is not None]

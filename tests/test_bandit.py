@@ -11,7 +11,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import bandit
-from bandit_report import markdown, summarise, total_at
+from bandit_report import markdown, summarize, total_at
 
 
 THREE = bandit.Rewards((1.0, 1.0, 0.5), correlation=-0.2)
@@ -103,7 +103,7 @@ def test_training_improves_every_method_and_is_reported():
         assert values.shape == (3, 21, 3)
         assert trained.shape == (3, 20)
         assert (values[:, -1].sum(1) > values[:, 0].sum(1) + 1).all()
-    entries = summarise(curves, dict.fromkeys(curves, 0.3), baseline="gdpo")
+    entries = summarize(curves, dict.fromkeys(curves, 0.3), baseline="gdpo")
     hard = next(entry for entry in entries if entry["method"] == "gd2po_hard")
     totals = {name: values[:, -1].sum(1) for name, (values, _) in curves.items()}
     difference = (totals["gd2po_hard"] - totals["gdpo"]).mean().item()

@@ -383,8 +383,8 @@ class TestRealData:
 
     def test_another_rows_answer_is_wrong(self, rows):
         answers = sorted({json.dumps(row.gold, sort_keys=True) for row in rows})
-        neighbour = dict(zip(answers, [*answers[1:], answers[0]], strict=True))
-        predictions = {row.id: {"completion": call(neighbour[json.dumps(row.gold, sort_keys=True)])} for row in rows}
+        neighbor = dict(zip(answers, [*answers[1:], answers[0]], strict=True))
+        predictions = {row.id: {"completion": call(neighbor[json.dumps(row.gold, sort_keys=True)])} for row in rows}
         for protocol in ("strict", "reference"):
             assert score_predictions(rows, predictions, protocol)[0]["overall"]["correct"] == 0
 

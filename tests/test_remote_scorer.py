@@ -21,18 +21,18 @@ from gd2po_trl.rewards import resolve_reward
 
 
 class Server:
-    """Answers each POST with the next of `behaviours`, and with the last one from then on; keeps the requests."""
+    """Answers each POST with the next of `behaviors`, and with the last one from then on; keeps the requests."""
 
     def __init__(self):
-        self.requests, self.behaviours = [], [classify]
+        self.requests, self.behaviors = [], [classify]
         server = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 server.requests.append((self.path, dict(self.headers), body))
-                behaviour = server.behaviours.pop(0) if len(server.behaviours) > 1 else server.behaviours[0]
-                behaviour(self, body)
+                behavior = server.behaviors.pop(0) if len(server.behaviors) > 1 else server.behaviors[0]
+                behavior(self, body)
 
             def do_GET(self):
                 server.requests.append((self.path, dict(self.headers), None))
@@ -110,9 +110,9 @@ def scorer(server, route="", **options):
     return RemoteScorer(server.url + route, **{**settings, **options})
 
 
-@pytest.mark.parametrize(("route", "behaviour"), [("", classify), ("/v1/classify", classify), ("/pooling", pooling)])
-def test_scores_come_back_in_order(server, route, behaviour):
-    server.behaviours = [behaviour]
+@pytest.mark.parametrize(("route", "behavior"), [("", classify), ("/v1/classify", classify), ("/pooling", pooling)])
+def test_scores_come_back_in_order(server, route, behavior):
+    server.behaviors = [behavior]
     reward = scorer(server, route, model="rm", batch_size=2, headers={"Authorization": "Bearer x"})
     assert reward(["a", "b", "c"], ["1", "22", "333"]) == [3.0, 4.0, 5.0]
     paths, headers, bodies = zip(*server.requests, strict=True)
@@ -152,7 +152,7 @@ def test_no_completions_no_request(server):
 
 
 def test_transient_failures_are_retried(server):
-    server.behaviours = [fail(503), fail(429), cut_off, classify]
+    server.behaviors = [fail(503), fail(429), cut_off, classify]
     assert scorer(server, retries=3)(["a"], ["1"]) == [3.0]
     assert len(server.requests) == 4
 
@@ -160,21 +160,21 @@ def test_transient_failures_are_retried(server):
 def test_backoff_doubles(server, monkeypatch):
     pauses = []
     monkeypatch.setattr(time, "sleep", pauses.append)
-    server.behaviours = [fail(500)]
+    server.behaviors = [fail(500)]
     with pytest.raises(RewardError, match=r"'safety' gave no answer in 4 attempts: status 500: busy.*/classify up\?"):
         scorer(server, name="safety", backoff=0.5)(["a"], ["1"])
     assert pauses == [0.5, 1.0, 2.0]
 
 
 def test_refused_request_is_not_repeated(server):
-    server.behaviours = [fail(400, b'{"error": "model `x` does not exist"}')]
+    server.behaviors = [fail(400, b'{"error": "model `x` does not exist"}')]
     with pytest.raises(RewardError, match=r"refused the request with status 400: .*model `x` does not exist"):
         scorer(server)(["a"], ["1"])
     assert len(server.requests) == 1
 
 
 def test_hanging_server_ends_in_an_error(server):
-    server.behaviours = [hang]
+    server.behaviors = [hang]
     with pytest.raises(RewardError, match=r"gave no answer in 1 attempts: no answer within 0\.3 seconds"):
         scorer(server, timeout=0.3, retries=0)(["a"], ["1"])
 
@@ -210,7 +210,7 @@ def item(index=0, **fields):
     ],
 )
 def test_nonsense_is_one_error(server, answer, message):
-    server.behaviours = [always(answer)]
+    server.behaviors = [always(answer)]
     with pytest.raises(RewardError, match=message) as caught:
         scorer(server, name="safety")(["a", "b"], ["1", "2"])
     assert "'safety'" in str(caught.value) and len(str(caught.value)) < 1000
@@ -226,7 +226,7 @@ json_values = st.recursive(
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(json_values | st.builds(lambda data: {"data": data}, json_values))
 def test_no_answer_breaks_the_scorer(server, answer):
-    server.behaviours = [always(answer)]
+    server.behaviors = [always(answer)]
     try:
         (reward,) = scorer(server, nan="skip")(["a"], ["1"])
         assert reward is None or isinstance(reward, float)
@@ -235,14 +235,14 @@ def test_no_answer_breaks_the_scorer(server, answer):
 
 
 def test_scores_that_are_not_finite(server):
-    server.behaviours = [always(b'{"data": [{"index": 0, "probs": [NaN]}, {"index": 1, "probs": [null]}]}')]
+    server.behaviors = [always(b'{"data": [{"index": 0, "probs": [NaN]}, {"index": 1, "probs": [null]}]}')]
     assert scorer(server, nan="skip")(["a", "b"], ["1", "2"]) == [None, None]
     with pytest.raises(RewardError, match=r"gave nan for completion 0 of 2\. Set nan: skip"):
         scorer(server)(["a", "b"], ["1", "2"])
 
 
 def test_load_asks_once_and_checks_the_direction(server):
-    server.behaviours = [pooling]
+    server.behaviors = [pooling]
     scorer(server, "/pooling").load()
     assert len(server.requests) == 1
     # Longer is better here, and in the built-in pairs the helpful answers are the longer ones.
@@ -291,19 +291,19 @@ def test_wrong_options_are_named(options, message):
 
 
 def redirect(url, status=302):
-    def behaviour(handler, body):
+    def behavior(handler, body):
         handler.send_response(status)
         handler.send_header("Location", url)
         handler.send_header("Content-Length", "0")
         handler.end_headers()
 
-    return behaviour
+    return behavior
 
 
 def test_a_redirection_to_another_server_is_refused(server):
     other = Server()
     try:
-        server.behaviours = [redirect(f"{other.url}/classify")]
+        server.behaviors = [redirect(f"{other.url}/classify")]
         with pytest.raises(RewardError, match=rf"redirects to another server, {other.url}/classify"):
             scorer(server, headers={"Authorization": "Bearer x"})(["a"], ["b"])
         assert (len(server.requests), other.requests) == (1, [])
@@ -316,7 +316,7 @@ def test_a_redirection_to_another_server_is_refused(server):
 @pytest.mark.parametrize("absolute", [True, False])
 def test_a_redirection_within_the_server_is_followed_with_the_same_request(server, status, absolute):
     location = f"{server.url}/v2/classify" if absolute else "v2/classify"
-    server.behaviours = [redirect(location, status), classify]
+    server.behaviors = [redirect(location, status), classify]
     assert scorer(server, headers={"Authorization": "Bearer x"})(["a"], ["b"]) == [3.0]
     first, second = server.requests
     assert (first[0], second[0]) == ("/classify", "/v2/classify")
@@ -326,7 +326,7 @@ def test_a_redirection_within_the_server_is_followed_with_the_same_request(serve
 
 @pytest.mark.parametrize("location", ["/classify", "", "http://127.0.0.1:99999999/", "http://[/"])
 def test_redirections_that_lead_nowhere_are_one_error(server, location):
-    server.behaviours = [redirect(location, 307)]
+    server.behaviors = [redirect(location, 307)]
     with pytest.raises(RewardError, match="redirects"):
         scorer(server, name="safety")(["a"], ["b"])
     assert len(server.requests) <= 6
@@ -337,15 +337,15 @@ def test_the_server_says_when_to_come_back(server, monkeypatch):
     monkeypatch.setattr(time, "sleep", pauses.append)
 
     def wait(seconds):
-        def behaviour(handler, body):
+        def behavior(handler, body):
             handler.send_response(429)
             handler.send_header("Retry-After", seconds)
             handler.send_header("Content-Length", "0")
             handler.end_headers()
 
-        return behaviour
+        return behavior
 
-    server.behaviours = [wait("7"), wait("86400"), classify]
+    server.behaviors = [wait("7"), wait("86400"), classify]
     assert scorer(server, backoff=0.5)(["a"], ["1"]) == [3.0]
     assert pauses == [7, 120]
 
@@ -366,7 +366,7 @@ def test_a_server_that_scores_the_last_token_agrees_with_the_model(server, tmp_p
             scores = [model.score(model.model(torch.tensor([ids]))[0])[0, -1].item() for ids in body["input"]]
         send(handler, {"data": [{"index": index, "probs": [score]} for index, score in enumerate(scores)]})
 
-    server.behaviours = [last_token]
+    server.behaviors = [last_token]
     remote = RemoteScorer(server.url, tokenizer=str(tmp_path), timeout=5.0)
     texts = ["Hi.", "How are you?"], ["Hello.", ""]
     assert remote(*texts) == pytest.approx(RewardModel(str(tmp_path), dtype="float32")(*texts), abs=1e-5)

@@ -42,7 +42,7 @@ class Contrast:
     against: str
 
 
-# Between neighbours of this ladder one thing changes, and filter and weighting are compared without any whitening.
+# Between neighbors of this ladder one thing changes, and filter and weighting are compared without any whitening.
 MATCHED_WHITENING = (
     Variant("gdpo_unwhitened", "gdpo", ("--whitening", "none")),
     Variant("filter_unwhitened", "gd2po_hard", ("--consensus_weighting", "none", "--whitening", "none")),

@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 from ..errors import UsageError
 
 
-# What a safe-rlhf checkpoint says of itself: how raw scores are normalised, by `score_type`
+# What a safe-rlhf checkpoint says of itself: how raw scores are normalized, by `score_type`
 # (safe_rlhf/models/normalizer.py).
 _NORMALIZE = {
     "reward": lambda scores, mean, std: (scores - mean) / (std + 1e-8),
@@ -51,7 +51,7 @@ class ScoreModel(PreTrainedModel):
     Parameter names are those of the published checkpoints: `model.*` for the backbone and `score_head.weight`
     (`score_head.bias` if the config's `score_bias`, or `bias`, is true). Sources: `LlamaForScore` of
     PKU-Alignment/safe-rlhf (beaver-7b-*) and `AccustomedQwen2RewardModel` of align-anything
-    (Qwen2.5-7B-SafeRLHF-*). Scores are normalised with the stored `normalizer.mean` and `normalizer.var` if the
+    (Qwen2.5-7B-SafeRLHF-*). Scores are normalized with the stored `normalizer.mean` and `normalizer.var` if the
     config's `do_normalize` is true, as safe-rlhf does; the published beaver checkpoints have it off.
     """
 

@@ -25,7 +25,7 @@ DESCRIPTION = "text_scorer.json"
 WEIGHTS = "text_scorer.safetensors"
 _FORMAT = 1
 _VECTORIZER = {"lowercase": True, "ngram_range": [1, 2], "min_df": 2, "sublinear_tf": True, "norm": "l2"}
-# Inverse regularisation strength of the logistic regression, scikit-learn's default; not tuned.
+# Inverse regularization strength of the logistic regression, scikit-learn's default; not tuned.
 _C = 1.0
 
 

@@ -249,7 +249,7 @@ def load_hh_rlhf(
 
     Returns:
         `Dataset`: `prompt` (user and assistant messages in turn, user last) and all other columns but the transcripts.
-        Neighbouring messages of one role are merged, as some chat templates refuse them.
+        Neighboring messages of one role are merged, as some chat templates refuse them.
     """
     dataset, origin = _load_hh_rows(path, split, dimension)
     if "prompt" in dataset.column_names:
@@ -315,7 +315,7 @@ def as_messages(prompt: str | list[dict[str, Any]] | None) -> list[Message]:
     A conversation from messages, from an HH-RLHF transcript (`Human:` and `Assistant:` turns, each after a blank line)
     or from plain text, which is one user message.
 
-    Text before a transcript's first turn counts as the user's. Empty messages are left out, and neighbouring messages
+    Text before a transcript's first turn counts as the user's. Empty messages are left out, and neighboring messages
     of one role are merged.
 
     Returns:
