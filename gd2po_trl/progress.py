@@ -61,10 +61,16 @@ class RewardProgress(ProgressCallback):
         self.trainer = trainer
 
     def close(self) -> None:
-        """Give the terminal back; also for a training that ended with an error."""
+        """Give the terminal back; at the end of a `with` block also after an error."""
         if self._live is not None:
             self._live.stop()
             self._live = None
+
+    def __enter__(self) -> "RewardProgress":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.close()
 
     # Callbacks
 
@@ -78,14 +84,10 @@ class RewardProgress(ProgressCallback):
         if self._bar is not None:
             self._bar.update(0, completed=state.global_step)
 
-    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
-        """No second bar for the evaluations."""
+    def on_prediction_step(self, args, state, control, **kwargs):
+        """Transformers' second bar, which is not shown, so that there is none to close after an evaluation."""
 
-    def on_evaluate(self, args, state, control, **kwargs):
-        """Nothing to close."""
-
-    def on_predict(self, args, state, control, **kwargs):
-        """Nothing to close."""
+    on_evaluate = on_predict = on_prediction_step
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs:
@@ -157,11 +159,9 @@ class RewardProgress(ProgressCallback):
         chosen = random.Random(state.global_step).sample(range(count), min(self.num_samples, count))
         for index in sorted(chosen):
             rewards = {name: values[index] for name, values in logs["rewards"].items() if index < len(values)}
-            kept = [values[index] for name, values in logs["extra"].items() if name == "gd2po_kept"]
-            conflict = [values[index] for name, values in logs["extra"].items() if name == "gd2po_conflict"]
             fate = ""
-            if conflict and conflict[0]:
-                fate = "; in conflict, kept" if kept and kept[0] else "; in conflict, left out"
+            if "gd2po_conflict" in logs["extra"] and logs["extra"]["gd2po_conflict"][index]:
+                fate = f"; in conflict, {'kept' if logs['extra']['gd2po_kept'][index] else 'left out'}"
             print_sample(
                 f"Rollout of step {state.global_step}",
                 as_text(logs["prompt"][index]),

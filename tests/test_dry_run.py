@@ -116,6 +116,7 @@ def test_async_rewards_and_unscored_completions(write_recipe, tmp_path, monkeypa
         ("raise KeyError('x')", "KeyError"),
         ("return [1.0]", r"returned 1 \w+ for 4"),
         ("return ['good'] * len(completions)", "'good'"),
+        ("raise SystemExit(0)", "SystemExit"),
     ],
 )
 def test_a_reward_that_fails_is_one_error(write_recipe, tmp_path, monkeypatch, body, named):

@@ -3,12 +3,17 @@
 import argparse
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import UsageError
 from ..recipe.catalog import recipe_path
 
+
+if TYPE_CHECKING:
+    from ..gd2po_trainer import GD2POTrainer
+    from ..recipe import Recipe
 
 RECIPE = "quickstart/tool_calling"
 DEFAULT_OUTPUT = Path("outputs/quickstart")
@@ -50,39 +55,31 @@ def main(argv: list[str]) -> int:
         raise UsageError(f"--warmup-steps is {arguments.warmup_steps}; it must be 0 or more.")
     output = _free_folder(arguments.output)
 
+    from ..progress import RewardProgress
     from ..quickstart.prepare import HELD_OUT_FILE, POLICY_FOLDER, TRAIN_FILE, prepare
     from ..recipe import load_recipe
-    from ..rewards import resolve_reward
+    from ..training import resolve_rewards, run_recipe
 
-    places = {
+    settings = {
         "model_name_or_path": output / POLICY_FOLDER,
         "dataset_path": output / TRAIN_FILE,
         "eval_dataset_path": output / HELD_OUT_FILE,
         "output_dir": output / TRAINED_FOLDER,
         "seed": arguments.seed,
     }
-    places_as_words = [word for key, value in places.items() for word in (f"--{key}", str(value))]
-
+    words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
     with _plain_output():
-        # Before the warm-up, so that a slip in the options shows at once.
-        recipe = load_recipe(recipe_path(RECIPE), [*places_as_words, *overrides])
-        for label in recipe.arguments.reward_funcs:
-            resolve_reward(label, recipe.arguments.reward_kwargs.get(label))
+        # Before the warm-up, so that a mistake in the options shows at once.
+        recipe = load_recipe(recipe_path(RECIPE), [*words, *overrides])
+        rewards = dict(zip(recipe.arguments.reward_funcs, resolve_rewards(recipe), strict=True))
         prepare(output, seed=arguments.seed, num_warmup_steps=arguments.warmup_steps)
         if arguments.prepare_only:
             print(f"Data and policy are in {output}.")
             return 0
-
-        from ..progress import RewardProgress
-        from ..training import run_recipe
-
         shown = recipe.training.num_completions_to_print
-        progress = RewardProgress(0 if shown is None else shown)
-        try:
+        with RewardProgress(0 if shown is None else shown) as progress:
             trainer = run_recipe(recipe, callbacks=[progress])
-        finally:
-            progress.close()
-        _report(recipe, trainer, output)
+        _report(recipe, trainer, rewards, output)
     return 0
 
 
@@ -100,31 +97,18 @@ def _free_folder(output: Path | None) -> Path:
     return output
 
 
-def _report(recipe, trainer, output: Path) -> None:
+def _report(recipe: "Recipe", trainer: "GD2POTrainer", rewards: dict[str, Callable], output: Path) -> None:
+    """Print completions of held-out prompts before and after, and the change of the rewards, and draw their curves."""
     from ..quickstart.prepare import HELD_OUT_FILE
-    from ..quickstart.report import (
-        CURVES_FILE,
-        REPORT_FILE,
-        plot_curves,
-        print_samples,
-        sample_completions,
-    )
-    from ..rewards import resolve_reward
+    from ..quickstart.report import CURVES_FILE, REPORT_FILE, plot_curves, print_samples, sample_completions
     from ..terminal import make_console
     from .train import print_end
 
     with open(output / HELD_OUT_FILE, encoding="utf-8") as lines:
         rows = [json.loads(next(lines)) for _ in range(NUM_SAMPLES)]
-    prompts = [row["prompt"] for row in rows]
+    prompts, length = [row["prompt"] for row in rows], recipe.training.max_completion_length
     folders = {"before": recipe.model.model_name_or_path, "after": recipe.training.output_dir}
-    completions = {
-        label: sample_completions(folder, prompts, recipe.training.max_completion_length)
-        for label, folder in folders.items()
-    }
-    rewards = {
-        label: resolve_reward(label, recipe.arguments.reward_kwargs.get(label))
-        for label in recipe.arguments.reward_funcs
-    }
+    completions = {label: sample_completions(folder, prompts, length) for label, folder in folders.items()}
     curves = plot_curves(trainer.state.log_history, output / CURVES_FILE)
 
     console = make_console(record=True)
@@ -136,11 +120,7 @@ def _report(recipe, trainer, output: Path) -> None:
 
 @contextlib.contextmanager
 def _plain_output() -> Iterator[None]:
-    """
-    One thread, and nothing on the screen but our own progress bars and report, for as long as the context lasts.
-
-    A model this small runs slower on several threads than on one.
-    """
+    """One thread, on which so small a model is fastest, and no output but our own progress bars and report."""
     import warnings
 
     import datasets
@@ -148,17 +128,14 @@ def _plain_output() -> Iterator[None]:
     from transformers.utils import logging as transformers_logging
 
     threads = torch.get_num_threads()
-    had_bars = transformers_logging.is_progress_bar_enabled(), datasets.are_progress_bars_disabled()
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        try:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
             yield
-        finally:
-            torch.set_num_threads(threads)
-            if had_bars[0]:
-                transformers_logging.enable_progress_bar()
-            if not had_bars[1]:
-                datasets.enable_progress_bars()
+    finally:
+        torch.set_num_threads(threads)
+        transformers_logging.enable_progress_bar()
+        datasets.enable_progress_bars()

@@ -37,11 +37,8 @@ def main(argv: list[str]) -> int:
         print_options(KINDS, "gd2po sft")
         return 0
     recipe = load_sft_recipe(*split_arguments(argv, "gd2po sft"))
-    progress = RewardProgress()
-    try:
+    with RewardProgress() as progress:
         trainer = run_sft(recipe, progress=progress)
-    finally:
-        progress.close()
     folder = recipe.training.output_dir
     trainer.accelerator.print(
         f"The policy, its recipe and its log are in {folder}. Next: gd2po train --config RECIPE --model_name_or_path "

@@ -55,19 +55,15 @@ def main(argv: list[str]) -> int:
 
         from ..training.dry_run import dry_run
 
-        report = dry_run(recipe, completions)
-        PartialState().print(report)
+        PartialState().print(dry_run(recipe, completions))
         return 0
 
     from ..progress import RewardProgress
     from ..training import run_recipe
 
     shown = recipe.training.num_completions_to_print
-    progress = RewardProgress(1 if shown is None else shown)
-    try:
+    with RewardProgress(1 if shown is None else shown) as progress:
         trainer = run_recipe(recipe, callbacks=[progress])
-    finally:
-        progress.close()
     if trainer.is_world_process_zero():
         print_end(trainer)
     return 0
@@ -111,11 +107,8 @@ def split_arguments(argv: list[str], command: str) -> tuple[str | None, list[str
     """The recipe, if there is one (the first word, or `--config`), and the options that win over it."""
     parser = argparse.ArgumentParser(prog=command, add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config")
-    first = (
-        argv[0]
-        if argv and not argv[0].startswith(("-", "\N{EN DASH}", "\N{EM DASH}")) and "=" not in argv[0]
-        else None
-    )
+    is_option = argv and (argv[0].startswith(("-", "\N{EN DASH}", "\N{EM DASH}")) or "=" in argv[0])
+    first = argv[0] if argv and not is_option else None
     try:
         known, overrides = parser.parse_known_args(argv if first is None else argv[1:])
     except argparse.ArgumentError as error:

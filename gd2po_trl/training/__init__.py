@@ -15,7 +15,7 @@ from ..preflight import check_packages, check_progress
 from ..recipe import Recipe
 from ..reward_parts import part_names
 from ..rewards import load_reward, resolve_reward
-from ..run_log import checkpoint_to_resume
+from ..run_log import checkpoint_to_resume, checkpoints_of
 from .policy import check_model, load_tokenizer, policy_arguments
 from .resuming import RESOLVED_RECIPE, RunRecord, only_run_in
 
@@ -32,10 +32,10 @@ logger = logging.getLogger(__name__)
 
 def run_recipe(recipe: Recipe, *, callbacks: Sequence["TrainerCallback"] = ()) -> "GD2POTrainer":
     """
-    Train as `recipe` says. Everything that can be found wrong without a model is found before one is loaded.
+    Train as `recipe` says. Mistakes that can be found without a model are found before one is loaded.
 
     Writes to `output_dir`: the policy (or its adapter) with tokenizer and model card, `trainer_state.json` with the
-    log history, and `recipe.yaml`, which repeats the run.
+    log history, and `recipe.yaml`, which reproduces the run.
 
     Args:
         recipe ([`Recipe`]):
@@ -49,14 +49,39 @@ def run_recipe(recipe: Recipe, *, callbacks: Sequence["TrainerCallback"] = ()) -
     Raises:
         [`UsageError`]: for a model, a reward, a data set, a column, a checkpoint or vLLM that is not there.
     """
-    arguments, training = recipe.arguments, recipe.training
     reward_funcs = resolve_rewards(recipe)
-    _check_reward_kwargs(arguments)
-    check_packages(training)
+    check_packages(recipe.training)
     with prepared_output(recipe) as checkpoint:
         check_model(recipe)
         record = RunRecord(recipe, checkpoint)
-        return _train(recipe, record, reward_funcs, callbacks)
+        train_dataset, eval_dataset = load_datasets(recipe)
+
+        from ..gd2po_trainer import GD2POTrainer
+        from ..progress import RewardProgress
+
+        with one_clear_error():
+            trainer = GD2POTrainer(
+                **policy_arguments(recipe),
+                reward_funcs=reward_funcs,
+                args=recipe.training,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=load_tokenizer(recipe, train_dataset),
+            )
+            for reward_func in reward_funcs:
+                # Unusable weights, an unreachable server or an inverted sign show before the first generation.
+                load_reward(reward_func)
+        if recipe.arguments.verdict_steps is not None:
+            from ..analysis import VerdictCallback
+
+            trainer.add_callback(VerdictCallback(trainer, every=recipe.arguments.verdict_steps))
+        for callback in callbacks:
+            if isinstance(callback, RewardProgress):
+                callback.attach(trainer)
+            else:
+                trainer.add_callback(callback)
+        train_and_save(trainer, record, "gd2po train")
+        return trainer
 
 
 def resolve_rewards(recipe: Recipe) -> list[Any]:
@@ -64,50 +89,28 @@ def resolve_rewards(recipe: Recipe) -> list[Any]:
     The rewards of a recipe, as [`resolve_reward`] gives them; its estimator has to be there, too.
 
     Parts that a function declares are added to the recipe's settings, so that its record names every reward, and a run
-    cannot go on with other ones.
+    cannot be resumed with other ones.
+
+    Raises:
+        [`UsageError`]: if one is not there, or `reward_kwargs` has settings for a label that nothing defines.
     """
-    kwargs, beside = recipe.arguments.reward_kwargs, None if recipe.path is None else recipe.path.parent
+    from ..rewards import BUILT_IN
+
+    labels, kwargs = recipe.arguments.reward_funcs, recipe.arguments.reward_kwargs
+    beside = None if recipe.path is None else recipe.path.parent
     load_estimator(recipe.training.estimator, recipe.training.estimator_kwargs, beside=beside)
-    rewards = [resolve_reward(label, kwargs.get(label), beside=beside) for label in recipe.arguments.reward_funcs]
-    for label, reward in zip(recipe.arguments.reward_funcs, rewards, strict=True):
+    for label, settings in kwargs.items():
+        # A recipe may define more rewards than a run uses, but settings for an undefined label are a typo.
+        if label not in labels and label not in BUILT_IN and "type" not in settings:
+            raise UsageError(
+                f"`reward_kwargs` has settings for '{label}', which is not in `reward_funcs` ({', '.join(labels)})."
+            )
+    rewards = [resolve_reward(label, kwargs.get(label), beside=beside) for label in labels]
+    for label, reward in zip(labels, rewards, strict=True):
         if (names := part_names(reward)) is not None:
             kwargs[label] = {**kwargs.get(label, {}), "reward_names": names}
             recipe.settings["reward_kwargs"] = kwargs
     return rewards
-
-
-def _train(
-    recipe: Recipe, record: RunRecord, reward_funcs: list[Any], callbacks: Sequence["TrainerCallback"]
-) -> "GD2POTrainer":
-    training = recipe.training
-    train_dataset, eval_dataset = load_datasets(recipe)
-
-    from ..gd2po_trainer import GD2POTrainer
-    from ..progress import RewardProgress
-
-    with one_clear_error():
-        trainer = GD2POTrainer(
-            **policy_arguments(recipe),
-            reward_funcs=reward_funcs,
-            args=training,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=load_tokenizer(recipe, train_dataset),
-        )
-        for reward_func in reward_funcs:
-            # Dead weights, an unreachable server or an inverted direction show before the first generation.
-            load_reward(reward_func)
-    if recipe.arguments.verdict_steps is not None:
-        from ..analysis import VerdictCallback
-
-        trainer.add_callback(VerdictCallback(trainer, every=recipe.arguments.verdict_steps))
-    for callback in callbacks:
-        if isinstance(callback, RewardProgress):
-            callback.attach(trainer)
-        else:
-            trainer.add_callback(callback)
-    train_and_save(trainer, record, "gd2po train")
-    return trainer
 
 
 @contextmanager
@@ -148,15 +151,15 @@ def train_and_save(trainer: "Trainer", record: RunRecord, command: str) -> None:
     """
     Train, from the checkpoint on if there is one, and write the policy and its log.
 
-    The recipe as it runs is written once the checkpoint is loaded, so that one that does not fit changes nothing.
+    The recipe is written after the checkpoint is loaded, so that a checkpoint that does not load changes nothing.
 
     Args:
         trainer (`transformers.Trainer`):
             The trainer.
         record ([`RunRecord`]):
-            The run's settings, and where it goes on.
+            The run's settings, and the checkpoint that it resumes from.
         command (`str`):
-            Which goes on with it after an error, such as `"gd2po train"`.
+            The command that resumes after an error, such as `"gd2po train"`.
     """
     from transformers import TrainerCallback
 
@@ -181,50 +184,45 @@ def train_and_save(trainer: "Trainer", record: RunRecord, command: str) -> None:
 
 @contextmanager
 def telling_how_to_go_on(trainer: "Trainer", command: str) -> Iterator[None]:
-    """Add to whatever ends a training in which step it ended, and the command that goes on from there."""
+    """Add to any error that ends a training the step in which it ended, and the command that resumes it."""
+    import torch
+
     try:
         yield
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(f"interrupted {_where_it_ended(trainer, command)}") from error
     except Exception as error:
+        where = _where_it_ended(trainer, command)
         if _is_full_disk(error):
             raise UsageError(
-                f"The disk of `output_dir` '{trainer.args.output_dir}' is full: the training ended "
-                f"{_where_it_ended(trainer, command)} Free some space first; `save_total_limit` keeps fewer "
-                "checkpoints."
+                f"The disk of `output_dir` '{trainer.args.output_dir}' is full: the training ended {where} Free some "
+                "space first; `save_total_limit` keeps fewer checkpoints."
             ) from error
+        if isinstance(error, torch.OutOfMemoryError):
+            where += (
+                "\nTo use less memory, halve `per_device_train_batch_size` and double `gradient_accumulation_steps`, "
+                "lower `max_completion_length` or `vllm_gpu_memory_utilization`, or set `gradient_checkpointing`."
+            )
         if not isinstance(error, UsageError):
-            error.add_note(f"The training ended {_where_it_ended(trainer, command)}{_remedy(error)}")
+            error.add_note(f"The training ended {where}")
         raise
 
 
 def _where_it_ended(trainer: "Trainer", command: str) -> str:
     where = f"in step {trainer.state.global_step + 1} of {trainer.state.max_steps}."
-    folder = Path(trainer.args.output_dir)
-    if any(folder.glob("checkpoint-*")):
+    if checkpoints_of(trainer.args.output_dir):
         return f"{where} Go on from the last checkpoint: {command} --resume_from_checkpoint latest"
     return f"{where} There is no checkpoint yet to go on from (`save_steps` is {trainer.args.save_steps:g})."
 
 
-def _remedy(error: Exception) -> str:
-    import torch
-
-    if isinstance(error, torch.OutOfMemoryError):
-        return (
-            "\nWith less memory: halve `per_device_train_batch_size` and double `gradient_accumulation_steps`, lower "
-            "`max_completion_length` or `vllm_gpu_memory_utilization`, or set `gradient_checkpointing: true`."
-        )
-    return ""
-
-
 def _is_full_disk(error: BaseException | None) -> bool:
-    """Whether there is a full disk behind `error`, which each library that writes says in its own way."""
+    """Whether a full disk caused `error`; torch and safetensors do not report it as an `OSError`."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
         try:
             text = str(error)
-        except Exception:  # behind an error may be one of a reward's, whose text is foreign code
+        except Exception:  # the exception of a reward may be anything
             text = ""
         if "No space left on device" in text or "PytorchStreamWriter failed writing" in text:
             return True
@@ -258,11 +256,8 @@ def load_datasets(recipe: Recipe) -> tuple["Dataset", "Dataset | dict[str, Datas
         train = load_dataset_by_name(
             arguments.dataset, arguments.dataset_path, arguments.dataset_split, **arguments.dataset_kwargs
         )
-        evaluations = {}
-        if wants_eval:
-            evaluations = {
-                name: load_dataset_by_name(**options) for name, options in arguments.eval_datasets().items()
-            }
+        wanted_sets = arguments.eval_datasets() if wants_eval else {}
+        evaluations = {name: load_dataset_by_name(**options) for name, options in wanted_sets.items()}
         if arguments.max_prompt_tokens is not None:
             train = _limit_prompts(train, recipe)
             evaluations = {name: _limit_prompts(dataset, recipe) for name, dataset in evaluations.items()}
@@ -285,15 +280,3 @@ def _limit_prompts(dataset: "Dataset", recipe: Recipe) -> "Dataset":
         done = "dropped" if recipe.arguments.long_prompts == "drop" else "truncated from the left"
         logger.warning(f"{count} of {len(dataset)} prompts are longer than {limit} tokens and were {done}.")
     return limited
-
-
-def _check_reward_kwargs(arguments: Any) -> None:
-    from ..rewards import BUILT_IN
-
-    for label, kwargs in arguments.reward_kwargs.items():
-        # A recipe may define more rewards than a run uses; a label that defines nothing is a slip.
-        if label not in arguments.reward_funcs and label not in BUILT_IN and "type" not in kwargs:
-            raise UsageError(
-                f"`reward_kwargs` has settings for '{label}', which is not in `reward_funcs` "
-                f"({', '.join(arguments.reward_funcs)})."
-            )

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RewardError, UsageError
+from ..messages import completion_text
 from ..preflight import check_before_loading, check_packages
 from ..recipe import Recipe
 from ..reward_guard import RewardGuard
 from ..run_log import checkpoint_to_resume
-from . import _check_reward_kwargs, load_datasets, one_clear_error, resolve_rewards
-from .memory import Peak, PolicySize, activations_gb, meta_model, peak, policy_size, weight_bytes
+from . import load_datasets, one_clear_error, resolve_rewards
+from .memory import Peak, activations_gb, meta_model, peak, policy_size, weight_bytes
 from .policy import check_model, load_tokenizer, model_init_kwargs, whole_model
 
 
@@ -31,19 +32,17 @@ NUM_MEASURED = 5000
 BINS, BAR = 8, 40
 STANDARD_GPUS_GB = (16, 24, 32, 40, 48, 80, 96, 141)
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-# Where a model is found by its folder or id alone, TRL takes the precision of its configuration.
-AUTO = "auto"
 
 
 @dataclass(frozen=True)
 class Batches:
     """
-    How the rollouts are divided.
+    How the rollouts are divided, over all processes.
 
     Args:
-        rollouts_per_generation (`int`): `generation_batch_size`, over all processes.
+        rollouts_per_generation (`int`): `generation_batch_size`.
         prompts_per_generation (`int`): Its prompts.
-        rollouts_per_step (`int`): Rollouts per optimizer step, over all processes.
+        rollouts_per_step (`int`): Rollouts per optimizer step.
         steps_per_epoch (`int`): Optimizer steps per pass over the data.
         total_steps (`int`): Optimizer steps of the run.
     """
@@ -66,16 +65,15 @@ def batches(training: Any, rows: int, processes: int = 1) -> Batches:
     """
     per_pass = training.per_device_train_batch_size * processes
     prompts = training.generation_batch_size // training.num_generations
-    # What does not fill a generation batch is left out.
+    # Prompts that do not fill a generation batch are left out.
     passes = rows // prompts * (training.generation_batch_size // per_pass) * training.num_iterations
     steps = math.ceil(passes / training.gradient_accumulation_steps)
-    total = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * steps)
     return Batches(
         rollouts_per_generation=training.generation_batch_size,
         prompts_per_generation=prompts,
         rollouts_per_step=per_pass * training.gradient_accumulation_steps,
         steps_per_epoch=steps,
-        total_steps=total,
+        total_steps=training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * steps),
     )
 
 
@@ -101,12 +99,10 @@ def dry_run(recipe: Recipe, completions: str | None = None) -> str:
 
     arguments, training = recipe.arguments, recipe.training
     rewards = resolve_rewards(recipe)
-    _check_reward_kwargs(arguments)
     check_packages(training)
     checkpoint = checkpoint_to_resume(training.resume_from_checkpoint, training.output_dir)
     check_model(recipe)
     dataset, evaluation = load_datasets(recipe)
-    processes = PartialState().num_processes
     with one_clear_error():
         check_before_loading(
             {"reward_funcs": rewards, "args": training, "train_dataset": dataset, "eval_dataset": evaluation}
@@ -114,44 +110,46 @@ def dry_run(recipe: Recipe, completions: str | None = None) -> str:
     tokenizer = load_tokenizer(recipe, dataset)
     name, revision = whole_model(recipe)
     config = AutoConfig.from_pretrained(name, revision=revision)
+    processes = PartialState().num_processes
 
-    plan = batches(training, len(dataset), processes)
-    watch: list[str] = []
-    prompt_lengths = _prompt_lengths(dataset, tokenizer, training.chat_template_kwargs)
+    from ..datasets.prompts import count_prompt_tokens
+
+    prompt_lengths = count_prompt_tokens(_measured(dataset, "prompt"), tokenizer, training.chat_template_kwargs)
     gold = _gold_column(dataset)
-    gold_lengths = _text_lengths(_measured(dataset, gold), tokenizer) if gold else []
-    lines = [f"Policy    {recipe.model.model_name_or_path}"]
-    if checkpoint is not None:
-        lines.append(f"          goes on from {checkpoint}")
-    lines += ["", f"Data      {len(dataset):,} prompts to train on" + _evaluation_rows(evaluation)]
-    lines += ["", *_score(rewards, arguments.reward_funcs, dataset, tokenizer, gold, completions)]
-    lines += ["", *_lengths("prompts", prompt_lengths, len(dataset))]
-    if gold_lengths:
-        lines += ["", *_lengths(f"column `{gold}`", gold_lengths, len(dataset))]
-    lines += ["", *_batch_lines(training, plan, processes)]
-    lines += ["", *_memory_lines(recipe, config, rewards, max(prompt_lengths), processes, watch)]
-    watch += _warnings(training, config, prompt_lengths, gold, gold_lengths)
-    lines += ["", *([f"Watch     {watch[0]}", *(f"          {entry}" for entry in watch[1:])] if watch else [])]
-    return "\n".join(lines).rstrip() + "\n\nNothing was loaded onto a device, generated or written."
-
-
-def _evaluation_rows(evaluation: "Dataset | None") -> str:
-    return "" if evaluation is None else f", {len(evaluation):,} to evaluate on"
+    lengths = {"prompts": prompt_lengths}
+    if gold is not None:
+        texts = [completion_text(value) for value in _measured(dataset, gold)]
+        lengths[f"column `{gold}`"] = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    memory, watch = _memory(recipe, config, rewards, max(prompt_lengths), processes)
+    watch += _warnings(training, config, lengths)
+    evaluated = "" if evaluation is None else f", {len(evaluation):,} to evaluate on"
+    blocks = [
+        ("Policy", [recipe.model.model_name_or_path, *([f"goes on from {checkpoint}"] if checkpoint else [])]),
+        ("Data", [f"{len(dataset):,} prompts to train on{evaluated}"]),
+        ("Rewards", _score(rewards, arguments.reward_funcs, dataset, tokenizer, gold, completions)),
+        *(("Tokens", _histogram(what, counts, len(dataset))) for what, counts in lengths.items()),
+        ("Batches", _division(training, batches(training, len(dataset), processes), processes)),
+        ("Memory", memory),
+        ("Watch", watch),
+    ]
+    texts = [
+        "\n".join(f"{'' if row else title:<10}{line}" for row, line in enumerate(lines)) for title, lines in blocks
+    ]
+    return "\n\n".join([*filter(None, texts), "Nothing was loaded onto a device, generated or written."])
 
 
 # Completions and their scores
 
 
+def _text(completion: Any) -> str:
+    return completion if isinstance(completion, str) else completion_text(completion)
+
+
 def _gold_column(dataset: "Dataset") -> str | None:
     def holds_text(value: Any) -> bool:
-        is_message = isinstance(value, list) and value and isinstance(value[-1], dict)
-        return isinstance(value, str) or bool(is_message and isinstance(value[-1].get("content"), str))
+        return isinstance(value, str) or (isinstance(value, list) and bool(completion_text(value)))
 
     return next((name for name in GOLD_COLUMNS if name in dataset.column_names and holds_text(dataset[0][name])), None)
-
-
-def _text(completion: Any) -> str:
-    return completion if isinstance(completion, str) else str(completion[-1]["content"])
 
 
 def _score(
@@ -162,16 +160,23 @@ def _score(
     gold: str | None,
     path: str | None,
 ) -> list[str]:
-    """One line per reward with its scores."""
+    """What was scored, and one line per reward with its scores."""
+    if path is None and gold is None:
+        return ["not tried: the data has no gold completions; --completions FILE gives some"]
+    count, origin = min(NUM_SCORED, len(dataset)), f"the data's column `{gold}`"
     if path is not None:
-        rows, origin = _given_rows(path, dataset)
-    elif gold is not None:
-        rows = dataset.select(range(min(NUM_SCORED, len(dataset)))).to_list()
-        rows, origin = [{**row, "completion": row[gold]} for row in rows], f"the data's column `{gold}`"
+        from ..datasets.sources import Source, load_rows, require_columns
+
+        given, origin = load_rows(Source("completions", remedy="give a file"), path, None)
+        require_columns(given, ["completion"], "completions", origin, "rename the column that holds the completions")
+        count = min(len(given), len(dataset), 4 * NUM_SCORED)
+    rows = dataset.select(range(count)).to_list()
+    if path is not None:
+        rows = [{**row, **own} for row, own in zip(rows, given.select(range(count)).to_list(), strict=True)]
     else:
-        return ["Rewards   not tried: the data has no gold completions; --completions FILE gives some"]
+        rows = [{**row, "completion": row[gold]} for row in rows]
     inputs = _reward_inputs(rows, tokenizer)
-    lines = []
+    lines = [f"of {len(rows)} completions, {origin}"]
     for label, reward in zip(labels, rewards, strict=True):
         if isinstance(reward, str) or hasattr(reward, "unload"):
             lines.append(f"{label}: not tried, a reward model")
@@ -181,20 +186,8 @@ def _score(
         except RewardError as error:
             raise UsageError(str(error)) from error
         for name, scores in by_name.items():
-            shown = ", ".join("None" if score is None else f"{score:.4g}" for score in scores)
-            lines.append(f"{name}: {shown}")
-    head = f"Rewards   of {len(rows)} completions, {origin}"
-    return [head, *(f"          {line}" for line in lines)]
-
-
-def _given_rows(path: str, dataset: "Dataset") -> tuple[list[dict[str, Any]], str]:
-    from ..datasets.sources import Source, load_rows, require_columns
-
-    given, origin = load_rows(Source("completions", remedy="give a file"), path, None)
-    require_columns(given, ["completion"], "completions", origin, "rename the column that holds the completions")
-    count = min(len(given), len(dataset), 4 * NUM_SCORED)
-    rows = zip(dataset.select(range(count)).to_list(), given.select(range(count)).to_list(), strict=True)
-    return [{**row, **own} for row, own in rows], origin
+            lines.append(f"{name}: " + ", ".join("None" if score is None else f"{score:.4g}" for score in scores))
+    return lines
 
 
 def _reward_inputs(rows: list[dict[str, Any]], tokenizer: Any) -> dict[str, Any]:
@@ -203,81 +196,55 @@ def _reward_inputs(rows: list[dict[str, Any]], tokenizer: Any) -> dict[str, Any]
 
     texts = [_text(row["completion"]) for row in rows]
     conversational = not isinstance(rows[0]["prompt"], str)
-    columns = {name for name in rows[0] if name not in ("prompt", "completion")}
     return {
         "prompts": [row["prompt"] for row in rows],
         "completions": [[{"role": "assistant", "content": text}] if conversational else text for text in texts],
         "completion_ids": [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts],
-        **{name: [row[name] for row in rows] for name in sorted(columns)},
+        **{name: [row[name] for row in rows] for name in sorted({*rows[0]} - {"prompt", "completion"})},
         "trainer_state": TrainerState(),
         "log_extra": lambda *args: None,
         "log_metric": lambda *args: None,
     }
 
 
-# Lengths
+# Lengths, batches and steps
 
 
 def _measured(dataset: "Dataset", column: str) -> list[Any]:
-    count = len(dataset)
-    if count > NUM_MEASURED:
-        dataset = dataset.select(range(0, count, math.ceil(count / NUM_MEASURED)))
-    return list(dataset[column])
+    step = math.ceil(len(dataset) / NUM_MEASURED)
+    return list(dataset.select(range(0, len(dataset), step))[column])
 
 
-def _prompt_lengths(dataset: "Dataset", tokenizer: Any, chat_template_kwargs: dict[str, Any] | None) -> list[int]:
-    from ..datasets.prompts import count_prompt_tokens
-
-    return count_prompt_tokens(_measured(dataset, "prompt"), tokenizer, chat_template_kwargs)
-
-
-def _text_lengths(values: list[Any], tokenizer: Any) -> list[int]:
-    texts = [_text(value) for value in values]
-    return [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-
-
-def _lengths(what: str, lengths: list[int], rows: int) -> list[str]:
+def _histogram(what: str, lengths: list[int], rows: int) -> list[str]:
     import numpy as np
 
     middle, high = np.percentile(lengths, [50, 90])
     part = f" of {len(lengths):,} of {rows:,} rows" if len(lengths) < rows else ""
     lines = [
-        f"Tokens    {what}{part}: mean {np.mean(lengths):,.0f}, median {middle:,.0f}, 90 % below {high:,.0f}, longest "
+        f"{what}{part}: mean {np.mean(lengths):,.0f}, median {middle:,.0f}, 90 % below {high:,.0f}, longest "
         f"{max(lengths):,}"
     ]
     counts, edges = np.histogram(lengths, bins=min(BINS, max(lengths) - min(lengths) + 1))
     for count, low, up in zip(counts, edges, edges[1:], strict=False):
-        bar = "#" * math.ceil(BAR * count / counts.max())
-        lines.append(f"          {low:7,.0f} to {up:7,.0f} {count:7,} {bar}")
+        lines.append(f"{low:7,.0f} to {up:7,.0f} {count:7,} {'#' * math.ceil(BAR * count / counts.max())}")
     return lines
 
 
-# Batches and steps
-
-
-def _batch_lines(training: Any, plan: Batches, processes: int) -> list[str]:
+def _division(training: Any, plan: Batches, processes: int) -> list[str]:
     epochs = f"{training.num_train_epochs:g} epochs of {plan.steps_per_epoch:,}"
-    steps = f"{plan.total_steps:,} optimizer steps: {'`max_steps`' if training.max_steps > 0 else epochs}"
     return [
-        f"Batches   {plan.prompts_per_generation:,} prompts x {training.num_generations} = "
-        f"{plan.rollouts_per_generation:,} rollouts per generation batch",
-        f"          {training.per_device_train_batch_size} rollouts x {processes} processes x "
+        f"{plan.prompts_per_generation:,} prompts x {training.num_generations} = {plan.rollouts_per_generation:,} "
+        "rollouts per generation batch",
+        f"{training.per_device_train_batch_size} rollouts x {processes} processes x "
         f"{training.gradient_accumulation_steps} passes = {plan.rollouts_per_step:,} rollouts per optimizer step",
-        f"Steps     {steps}",
+        f"{plan.total_steps:,} optimizer steps: {'`max_steps`' if training.max_steps > 0 else epochs}",
     ]
 
 
-def _warnings(
-    training: Any,
-    config: Any,
-    prompt_lengths: list[int],
-    gold: str | None,
-    gold_lengths: list[int],
-) -> list[str]:
-    found = []
-    longest = max(prompt_lengths) + training.max_completion_length
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    key = "the policy's context"
+def _warnings(training: Any, config: Any, lengths: dict[str, list[int]]) -> list[str]:
+    found, limit = [], training.max_completion_length
+    longest = max(lengths["prompts"]) + limit
+    context, key = getattr(config.get_text_config(), "max_position_embeddings", None), "the policy's context"
     if training.use_vllm and training.vllm_max_model_length is not None:
         context, key = training.vllm_max_model_length, "`vllm_max_model_length`"
     if context is not None and longest > context:
@@ -285,106 +252,84 @@ def _warnings(
             f"longest prompt + `max_completion_length` = {longest:,} tokens, and {key} is {context:,}: lower "
             "`max_prompt_tokens`"
         )
-    beyond = sum(length > training.max_completion_length for length in gold_lengths)
-    if beyond:
-        found.append(
-            f"{beyond / len(gold_lengths):.0%} of column `{gold}` are longer than `max_completion_length` = "
-            f"{training.max_completion_length:,}"
-        )
+    for what, gold in lengths.items():
+        beyond = sum(length > limit for length in gold)
+        if what != "prompts" and beyond:
+            found.append(f"{beyond / len(gold):.0%} of {what} are longer than `max_completion_length` = {limit:,}")
     return found
 
 
 # Memory
 
 
-def _memory_lines(
-    recipe: Recipe, config: Any, rewards: Sequence[Any], longest_prompt: int, processes: int, watch: list[str]
-) -> list[str]:
+def _memory(
+    recipe: Recipe, config: Any, rewards: Sequence[Any], longest_prompt: int, processes: int
+) -> tuple[list[str], list[str]]:
+    """The expected memory, and what to watch in it."""
+    from trl import get_peft_config, get_quantization_config
+
     training = recipe.training
-    size = _policy_size(recipe, config)
-    kind = "trained"
-    if size.trained < size.parameters:
-        kind = f"in all, {size.trained / 1e6:,.1f} M trained (LoRA)"
-    lines = [f"Memory    {size.parameters / 1e6:,.1f} M parameters {kind}"]
+    # Where a model is found by its folder or id alone, TRL takes the precision of its configuration.
+    dtype = model_init_kwargs(recipe)["dtype"] or "float32"
+    dtype = str(config.dtype or "float32" if dtype == "auto" else dtype).removeprefix("torch.")
+    quantization = get_quantization_config(recipe.model)
+    optim = str(getattr(training.optim, "value", training.optim))
+    with one_clear_error():
+        size = policy_size(
+            config,
+            bytes_per_weight=BYTES.get(dtype, 4),
+            peft_config=get_peft_config(recipe.model),
+            quantization=None if quantization is None else quantization.to_dict(),
+            # Two values in float32 for Adam, and for what is not known better.
+            optimizer_bytes_per_value=2.0 if "8bit" in optim else 8.0 * (optim not in ("sgd", "adafactor")),
+        )
     weights_over, rest_over = _split_over(processes)
-    tokens = training.per_device_train_batch_size * (longest_prompt + training.max_completion_length)
-    half = training.bf16 or training.fp16 or BYTES.get(_dtype(recipe, config), 4) == 2
+    length = longest_prompt + training.max_completion_length
+    tokens = training.per_device_train_batch_size * length
+    half = training.bf16 or training.fp16 or BYTES.get(dtype, 4) == 2
     activations = activations_gb(
         size, tokens, checkpointing=training.gradient_checkpointing, bytes_per_value=2 if half else 4
     )
     reward_gb, unknown = _reward_models_gb(rewards)
-    colocated = training.use_vllm and training.vllm_mode == "colocate"
-    share = training.vllm_gpu_memory_utilization if colocated else 0.0
-    cached = 0
-    if not training.use_vllm:
-        # transformers generates for the whole generation batch of a process at once.
-        cached = training.generation_batch_size // processes * (longest_prompt + training.max_completion_length)
+    share = training.vllm_gpu_memory_utilization if training.use_vllm and training.vllm_mode == "colocate" else 0.0
     expected = peak(
         size,
         activations=activations,
         reward_models_gb=reward_gb,
         vllm_share=share,
-        cached_tokens=cached,
+        # transformers generates for the whole generation batch of a process at once.
+        cached_tokens=0 if training.use_vllm else training.generation_batch_size // processes * length,
         weights_split_over=weights_over,
         optimizer_split_over=rest_over,
     )
+    kind = "trained" if size.trained >= size.parameters else f"in all, {size.trained / 1e6:,.1f} M trained (LoRA)"
     vllm = f" + {share:g} of the GPU for vLLM" if share else ""
-    lines.append(f"          generating ≈ {expected.generating:.1f} GB{vllm}, training ≈ {expected.training:.1f} GB")
-    lines.append(
-        f"          weights {size.weights_gb / weights_over:.1f}, optimizer {size.optimizer_gb / rest_over:.1f}, "
+    gpu, watch = _against_the_gpu(expected, training)
+    return [
+        f"{size.parameters / 1e6:,.1f} M parameters {kind}",
+        f"generating ≈ {expected.generating:.1f} GB{vllm}, training ≈ {expected.training:.1f} GB",
+        f"weights {size.weights_gb / weights_over:.1f}, optimizer {size.optimizer_gb / rest_over:.1f}, "
         f"gradients {size.gradients_gb / rest_over:.1f}, activations {activations:.1f} (of {tokens:,} tokens), "
-        f"reward models {reward_gb:.1f}"
-    )
-    lines += [f"          without the reward {label}, whose size is not known here" for label in unknown]
-    lines.append(f"          {_against_the_gpu(expected, training, watch)}")
-    return lines
+        f"reward models {reward_gb:.1f}",
+        *(f"without the reward {label}, whose size is not known here" for label in unknown),
+        gpu,
+    ], watch
 
 
-def _against_the_gpu(expected: Peak, training: Any, watch: list[str]) -> str:
+def _against_the_gpu(expected: Peak, training: Any) -> tuple[str, list[str]]:
     import torch
 
     needed = expected.smallest_gpu()
-    if torch.cuda.is_available() and not training.use_cpu:
-        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-        found = properties.total_memory / 1e9
-        if expected.on(found) > found:
-            watch.append(f"≈ {expected.on(found):.1f} GB are expected, and the GPU has {found:.1f} GB")
-        return f"≈ {expected.on(found):.1f} GB of the {found:.1f} GB of {properties.name}"
     if training.use_cpu:
-        return f"≈ {max(expected.generating, expected.training):.1f} GB of this machine's memory"
+        return f"≈ {max(expected.generating, expected.training):.1f} GB of this machine's memory", []
+    if torch.cuda.is_available():
+        gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
+        found, needed = gpu.total_memory / 1e9, expected.on(gpu.total_memory / 1e9)
+        watch = [f"≈ {needed:.1f} GB are expected, and the GPU has {found:.1f} GB"] if needed > found else []
+        return f"≈ {needed:.1f} GB of the {found:.1f} GB of {gpu.name}", watch
     fitting = next((gpu for gpu in STANDARD_GPUS_GB if gpu >= needed), None)
     size = f"one of {fitting} GB" if fitting else "none; split the run over several (docs/scaling.md)"
-    return f"no GPU found here; ≈ {needed:.1f} GB are needed, so {size} would do"
-
-
-def _dtype(recipe: Recipe, config: Any) -> str:
-    dtype = model_init_kwargs(recipe)["dtype"] or "float32"
-    if dtype == AUTO:
-        dtype = config.dtype or "float32"
-    return str(dtype).removeprefix("torch.")
-
-
-def _policy_size(recipe: Recipe, config: Any) -> PolicySize:
-    from trl import get_peft_config, get_quantization_config
-
-    quantization = get_quantization_config(recipe.model)
-    with one_clear_error():
-        return policy_size(
-            config,
-            bytes_per_weight=BYTES.get(_dtype(recipe, config), 4),
-            peft_config=get_peft_config(recipe.model),
-            quantization=None if quantization is None else quantization.to_dict(),
-            optimizer_bytes_per_value=_optimizer_bytes(
-                str(getattr(recipe.training.optim, "value", recipe.training.optim))
-            ),
-        )
-
-
-def _optimizer_bytes(name: str) -> float:
-    """State per value: two in float32 for Adam and all that is not known better."""
-    if "8bit" in name:
-        return 2.0
-    return 0.0 if name in ("sgd", "adafactor") else 8.0
+    return f"no GPU found here; ≈ {needed:.1f} GB are needed, so {size} would do", []
 
 
 def _split_over(processes: int) -> tuple[int, int]:
@@ -406,14 +351,12 @@ def _reward_models_gb(rewards: Sequence[Any]) -> tuple[float, list[str]]:
         if isinstance(reward, str):
             config = AutoConfig.from_pretrained(reward)
             module, dtype, quantization = meta_model(config, AutoModelForSequenceClassification), config.dtype, None
-        elif hasattr(reward, "unload"):
-            if reward.offload:
-                # In CPU memory, and on the GPU for the time of its call.
-                unknown.append(reward.__name__)
-                continue
-            module, dtype, quantization = meta_model(reward.config, AutoModel), reward.dtype, reward.quantization
-        else:
+        elif not hasattr(reward, "unload"):
             continue
-        bytes_per_weight = 4 if dtype is None else dtype.itemsize
-        total += weight_bytes(module, bytes_per_weight, quantization) / 1e9
+        elif reward.offload:  # in CPU memory, and on the GPU for the time of its call
+            unknown.append(reward.__name__)
+            continue
+        else:
+            module, dtype, quantization = meta_model(reward.config, AutoModel), reward.dtype, reward.quantization
+        total += weight_bytes(module, 4 if dtype is None else dtype.itemsize, quantization) / 1e9
     return total, unknown

@@ -146,10 +146,7 @@ def policy_size(
         hidden_size=text.hidden_size,
         intermediate_size=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
         layers=text.num_hidden_layers,
-        cache_bytes_per_token=2
-        * text.num_hidden_layers
-        * (getattr(text, "num_key_value_heads", heads) * head_size)
-        * 2,
+        cache_bytes_per_token=4 * text.num_hidden_layers * getattr(text, "num_key_value_heads", heads) * head_size,
     )
 
 

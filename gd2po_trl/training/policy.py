@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..datasets.sources import is_hub_id
 from ..errors import UsageError
 from ..recipe import Recipe
 
@@ -32,17 +33,16 @@ LORA_FIELDS = {
 
 def check_model(recipe: Recipe) -> None:
     """
-    Find out whether the policy can be loaded, from its configuration alone.
+    Check that the policy can be loaded, from its configuration alone.
 
-    An adapter is taken over into the recipe: its own rank and targets replace what `lora_r` and the like say.
+    If it is an adapter, its own rank and targets replace `lora_r` and the like in the recipe.
 
     Raises:
         [`UsageError`]: if it cannot, or if the model that an adapter belongs to cannot.
     """
     name = recipe.model.model_name_or_path
-    folder = Path(name).expanduser()
-    # A name without a slash, such as gpt2, is a Hub id where no folder has it.
-    if not folder.is_dir() and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
+    folder = Path(name)
+    if not folder.is_dir() and "/" in name and not is_hub_id(name):  # without a slash, such as gpt2, it is an id
         raise UsageError(f"`model_name_or_path` is '{name}', and there is no such folder.")
     adapter = read_adapter(recipe)
     if adapter is None:
@@ -74,7 +74,7 @@ def read_adapter(recipe: Recipe) -> "PeftConfig | None":
         return PeftConfig.from_pretrained(name, revision=revision)
     except (OSError, ValueError, TypeError, KeyError) as error:
         if not (Path(name) / "adapter_config.json").is_file():
-            return None  # whatever else it is, its own check says what is wrong
+            return None  # not an adapter; loading it as a model gives the error
         reason = " ".join(str(error).split())
         raise UsageError(
             f"`model_name_or_path` is '{name}', an adapter whose adapter_config.json cannot be read: {reason}"
@@ -105,13 +105,14 @@ def _remedy(folder: Path) -> str:
 
 
 def _take_over(recipe: Recipe, adapter: "PeftConfig") -> None:
-    """Make the recipe say what trains: the adapter as it is, whatever the recipe says about a new one."""
+    """Replace the recipe's settings for a new adapter by those of `adapter`."""
     ignored = []
     for key, name in LORA_FIELDS.items():
         value = getattr(adapter, name, None)
         value = sorted(value) if isinstance(value, (set, list, tuple)) else value
         asked = recipe.settings.get(key)
-        if asked is not None and asked not in (value, ["all-linear"]) and sorted_if_list(asked) != value:
+        same = sorted(asked) if isinstance(asked, list) else asked
+        if asked is not None and asked != ["all-linear"] and value not in (asked, same):
             ignored.append(f"{key}: {asked}")
         if key in recipe.settings:
             recipe.settings[key] = value
@@ -125,11 +126,6 @@ def _take_over(recipe: Recipe, adapter: "PeftConfig") -> None:
             f"The adapter trains on as it is: {', '.join(ignored)} of the recipe does not apply. For a new adapter, "
             "or for all weights, merge this one first: `gd2po merge`."
         )
-
-
-def sorted_if_list(value: Any) -> Any:
-    """`value`, sorted where it is a list: the order of an adapter's modules says nothing."""
-    return sorted(value) if isinstance(value, list) else value
 
 
 def model_init_kwargs(recipe: Recipe) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a resumed run may change, and the record of what it did change: with which settings from which step on."""
+"""What a resumed run may change, and the record of the settings with which it ran, from which step on."""
 
 import json
 import logging
@@ -22,65 +22,37 @@ RESOLVED_RECIPE = "recipe.yaml"
 HISTORY = "recipe_history.json"
 LOCK = "_run.lock"  # the Hub's uploads leave out what starts so
 
-# What the weights and the optimizer of a checkpoint belong to.
+# Keys that a resumed run cannot change: the weights and the optimizer of its checkpoint belong to them ...
 FIXED = (
-    "model_name_or_path",
-    "model_revision",
-    "dtype",
-    "load_in_4bit",
-    "load_in_8bit",
-    "use_peft",
-    "lora_r",
-    "lora_alpha",
-    "lora_dropout",
-    "lora_target_modules",
-    "lora_target_parameters",
-    "lora_modules_to_save",
-    "use_rslora",
-    "use_dora",
-)
-REWARDS = ("reward_funcs", "reward_kwargs", "reward_gates", "closed_gate_reward")
-# What a checkpoint brings with it, so that another value would not apply, or only halfway.
+    "model_name_or_path model_revision dtype load_in_4bit load_in_8bit use_peft lora_r lora_alpha lora_dropout "
+    "lora_target_modules lora_target_parameters lora_modules_to_save use_rslora use_dora reward_funcs reward_kwargs "
+    "reward_gates closed_gate_reward"
+).split()
+# ... and those whose values it takes from the checkpoint, so that another value would not apply, or only in part.
 OF_THE_CHECKPOINT = (
-    "learning_rate",
-    "lr_scheduler_type",
-    "lr_scheduler_kwargs",
-    "warmup_steps",
-    "optim",
-    "optim_args",
-    "optim_target_modules",
-    "weight_decay",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-)
-# They say where and how a run starts, not how it trains.
+    "learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args optim_target_modules "
+    "weight_decay adam_beta1 adam_beta2 adam_epsilon"
+).split()
+# Beginnings of keys that say where and how a run starts, not how it trains.
 ABOUT_THE_RUN = (
-    "push_to_hub",
-    "hub_",
-    "report_to",
-    "run_name",
-    "project",
-    "log",
-    "save_",
-    "disable_tqdm",
-    "dataloader",
+    *("push_to_hub", "hub_", "report_to", "run_name", "project", "log"),
+    *("save_", "disable_tqdm", "dataloader"),
 )
 NOT_COMPARED = ("resume_from_checkpoint", "output_dir", "trust_remote_code")
 
 
 class RunRecord:
     """
-    The settings of a run, each with the step from which on they applied.
+    The settings of a run, and from which step on they applied.
 
     Args:
         recipe ([`Recipe`]):
             The recipe as it runs now.
         checkpoint (`str` or `None`):
-            The checkpoint that it goes on from; `None` for a fresh start.
+            The checkpoint that the run resumes from; `None` for a fresh start.
 
     Raises:
-        [`UsageError`]: if `recipe` changes what a run cannot change on the way. It names all of it.
+        [`UsageError`]: if `recipe` changes keys that a resumed run cannot change. It names all of them.
     """
 
     def __init__(self, recipe: Recipe, checkpoint: str | None):
@@ -94,7 +66,7 @@ class RunRecord:
         self.segments = [segment for segment in segments if segment["from_step"] < max(self.step, 1)]
         if not self.segments:
             logger.warning(
-                f"There is no {RESOLVED_RECIPE} beside '{checkpoint}', so whether the settings changed is not known."
+                f"There is no {RESOLVED_RECIPE} beside '{checkpoint}': whether the settings changed is unknown."
             )
             return
         changed = _differences(self.segments[-1]["settings"], plain(recipe.settings), recipe)
@@ -114,14 +86,14 @@ class RunRecord:
 
     def write(self) -> Path:
         """
-        Write the recipe as it runs, which repeats the run, and the record of all its settings.
+        Write the recipe as it runs, which reproduces the run, and the record of all its settings.
 
         Returns:
             `Path`: the recipe.
         """
         folder = Path(self.recipe.training.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        # What repeats the run neither resumes it nor lets code in unasked.
+        # A recipe that reproduces the run must not resume it or enable remote code.
         settings = {
             key: value
             for key, value in plain(self.recipe.settings).items()
@@ -133,17 +105,21 @@ class RunRecord:
             segments.append({"from_step": self.step, "written": now, "changes": self.changes, "settings": settings})
         (folder / HISTORY).write_text(json.dumps(segments, indent=1) + "\n", encoding="utf-8")
         path = folder / RESOLVED_RECIPE
-        path.write_text(_header(self.recipe, segments) + dump_recipe(settings), encoding="utf-8")
         self.segments = segments
+        path.write_text(_header(self.recipe, self.history()) + dump_recipe(settings), encoding="utf-8")
         return path
 
     def history(self) -> list[str]:
-        """One line per change on the way, such as `"from step 41 on, method: gdpo -> gd2po_snr"`."""
-        return _lines(self.segments)
+        """One line per change of a setting, such as `"from step 41 on, method: gdpo -> gd2po_snr"`."""
+        return [
+            f"from step {segment['from_step'] + 1} on, {change}"
+            for segment in self.segments
+            for change in segment["changes"]
+        ]
 
 
 def write_resolved_recipe(recipe: Recipe) -> Path:
-    """Write every key that was set, with its final value, as a recipe that repeats the run."""
+    """Write every key that was set, with its final value, as a recipe that reproduces the run."""
     return RunRecord(recipe, None).write()
 
 
@@ -166,8 +142,8 @@ def only_run_in(folder: str | Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         raise UsageError(
-            f"`output_dir` '{folder}' is in use by another run, whose checkpoints and log this one would mix with its "
-            "own. Wait for its end, or give another `output_dir`."
+            f"`output_dir` '{folder}' is in use by another run; two runs would mix their checkpoints and logs. "
+            "Wait for its end, or give another `output_dir`."
         ) from None
     try:
         yield
@@ -184,7 +160,7 @@ def _read_history(folder: Path) -> list[dict[str, Any]]:
         segments = json.loads((folder / HISTORY).read_text(encoding="utf-8"))
         return [segment for segment in segments if isinstance(segment["settings"], dict) and "from_step" in segment]
     except (OSError, ValueError, TypeError, KeyError):
-        pass  # of an earlier version, or edited
+        pass  # written by an earlier version, or edited
     if not (folder / RESOLVED_RECIPE).is_file():
         return []
     return [{"from_step": 0, "written": "", "changes": [], "settings": read_recipe_file(folder / RESOLVED_RECIPE)}]
@@ -226,25 +202,19 @@ def _refuse(changed: dict[str, tuple[Any, Any]], checkpoint: str) -> None:
         )
 
     start = f"start a new run from it (`model_name_or_path: {checkpoint}`, with an `output_dir` of its own)"
-    if fixed := listed((*FIXED, *REWARDS)):
+    if fixed := listed(FIXED):
         raise UsageError(
-            f"Cannot resume from '{checkpoint}': {fixed}. Policy, adapter and rewards stay what they are during a "
-            f"run. Resume with what they were, or {start}."
+            f"Cannot resume from '{checkpoint}': {fixed}. A run keeps its policy, adapter and rewards. Resume with "
+            f"the old values, or {start}."
         )
     if overridden := listed(OF_THE_CHECKPOINT):
         raise UsageError(
-            f"Cannot resume from '{checkpoint}': {overridden}. The checkpoint brings its optimizer and schedule, so "
-            f"that the new value would not apply. Resume with the old value, or {start}."
+            f"Cannot resume from '{checkpoint}': {overridden}. The checkpoint brings its own optimizer and schedule, "
+            f"so the new values would not apply. Resume with the old values, or {start}."
         )
 
 
-def _lines(segments: list[dict[str, Any]]) -> list[str]:
-    return [
-        f"from step {segment['from_step'] + 1} on, {change}" for segment in segments for change in segment["changes"]
-    ]
-
-
-def _header(recipe: Recipe, segments: list[dict[str, Any]]) -> str:
+def _header(recipe: Recipe, changes: list[str]) -> str:
     import platform
 
     import torch
@@ -260,10 +230,10 @@ def _header(recipe: Recipe, segments: list[dict[str, Any]]) -> str:
         f"Python {platform.python_version()}\n"
     )
     if recipe.settings.get("trust_remote_code"):
-        header += "# It ran with --trust_remote_code, which only a command line can say.\n"
-    if lines := _lines(segments):
-        header += f"# The run changed on the way ({HISTORY} has all settings):\n"
-        header += "".join(f"#   {' '.join(line.split())}\n" for line in lines)
+        header += "# It ran with --trust_remote_code, which a recipe cannot set.\n"
+    if changes:
+        header += f"# Its settings changed when it was resumed ({HISTORY} has all of them):\n"
+        header += "".join(f"#   {' '.join(change.split())}\n" for change in changes)
     return header
 
 

@@ -1,10 +1,10 @@
-"""A supervised warm-up as a recipe describes it: RL sharpens what a policy does now and then, and starts from that."""
+"""A supervised warm-up as a recipe describes it: RL can only reinforce what the policy already does at times."""
 
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class WarmupConfig(SFTConfig):
-    """TRL's `SFTConfig`, in which the key `dataset_kwargs` is left to the data set's loader."""
+    """TRL's `SFTConfig` without its `dataset_kwargs`: in a recipe they are the loader's."""
 
     dataset_kwargs: dict | None = field(default=None, init=False)
 
@@ -46,16 +46,15 @@ def load_sft_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> R
     are those of [`load_recipe`].
     """
     parts, settings = parse_recipe(path, overrides, KINDS, "gd2po sft")
-    arguments, training, model = parts
-    return Recipe(arguments, training, model, settings)
+    return Recipe(*parts, settings)
 
 
 def run_sft(recipe: Recipe, *, progress: RewardProgress | None = None) -> SFTTrainer:
     """
     Train on prompts and completions with TRL's `SFTTrainer`. The loss covers the completions alone.
 
-    Examples of more than `max_length` tokens are left out: a completion that is cut off teaches not to end. Writes to
-    `output_dir` what [`run_recipe`] writes.
+    Examples of more than `max_length` tokens are left out, since cut completions would teach the policy not to end.
+    Writes to `output_dir` what [`run_recipe`] writes.
 
     Args:
         recipe ([`Recipe`]):
@@ -69,50 +68,43 @@ def run_sft(recipe: Recipe, *, progress: RewardProgress | None = None) -> SFTTra
     Raises:
         [`UsageError`]: for a model, a data set or a checkpoint that is not there, and for data without completions.
     """
-    check_packages(recipe.training)
+    arguments, training = recipe.arguments, recipe.training
+    check_packages(training)
     with prepared_output(recipe) as checkpoint:
         check_model(recipe)
-        return _train(recipe, RunRecord(recipe, checkpoint), progress)
-
-
-def _train(recipe: Recipe, record: RunRecord, progress: RewardProgress | None) -> SFTTrainer:
-    arguments, training = recipe.arguments, recipe.training
-    with training.main_process_first(desc="loading the data"):
-        dataset = load_dataset_by_name(
-            arguments.dataset, arguments.dataset_path, arguments.dataset_split, **arguments.dataset_kwargs
-        )
-        if not {"prompt", "completion"} <= set(dataset.column_names):
-            raise UsageError(
-                f"The data set '{arguments.dataset}' has the columns {', '.join(dataset.column_names)}; a warm-up "
-                "needs `prompt` and `completion`, as rlla_sft has them."
+        record = RunRecord(recipe, checkpoint)
+        with training.main_process_first(desc="loading the data"):
+            dataset = load_dataset_by_name(
+                arguments.dataset, arguments.dataset_path, arguments.dataset_split, **arguments.dataset_kwargs
             )
-        check_examples(dataset)
+            if not {"prompt", "completion"} <= set(dataset.column_names):
+                raise UsageError(
+                    f"The data set '{arguments.dataset}' has the columns {', '.join(dataset.column_names)}; a warm-up "
+                    "needs `prompt` and `completion`, as rlla_sft has them."
+                )
+            check_examples(dataset)
+            with one_clear_error():
+                tokenizer = load_tokenizer(recipe, dataset)
+            dataset = _drop_long_examples(dataset, tokenizer, training.max_length)
+        batch = training.train_batch_size * training.world_size
+        if training.dataloader_drop_last and len(dataset) < batch:
+            raise UsageError(
+                f"The data set has {len(dataset)} examples, fewer than a batch of {batch}, which "
+                "`dataloader_drop_last` leaves out, so nothing would be trained. Lower `per_device_train_batch_size`."
+            )
         with one_clear_error():
-            tokenizer = load_tokenizer(recipe, dataset)
-        dataset = _drop_long_examples(dataset, tokenizer, training.max_length)
-    batch = training.train_batch_size * training.world_size
-    if training.dataloader_drop_last and len(dataset) < batch:
-        raise UsageError(
-            f"The data set has {len(dataset)} examples and a batch {batch}, and `dataloader_drop_last` leaves out a "
-            "batch that is not full, so that nothing would be trained. Lower `per_device_train_batch_size`."
-        )
-
-    with one_clear_error():
-        trainer = SFTTrainer(
-            **policy_arguments(recipe),
-            args=training,
-            train_dataset=dataset,
-            processing_class=tokenizer,
-        )
-    if progress is not None:
-        progress.attach(trainer)
-    train_and_save(trainer, record, "gd2po sft")
-    return trainer
+            trainer = SFTTrainer(
+                **policy_arguments(recipe), args=training, train_dataset=dataset, processing_class=tokenizer
+            )
+        if progress is not None:
+            progress.attach(trainer)
+        train_and_save(trainer, record, "gd2po sft")
+        return trainer
 
 
 def check_examples(dataset: "Dataset") -> None:
     """
-    Refuse rows that TRL's `SFTTrainer` could not read, or that would teach to say nothing.
+    Refuse rows that TRL's `SFTTrainer` could not read, or that would teach the policy to write nothing.
 
     Raises:
         [`UsageError`]: for the first row without a completion, or in which one of `prompt` and `completion` is text
@@ -121,7 +113,8 @@ def check_examples(dataset: "Dataset") -> None:
     for index, row in enumerate(iterate_rows(dataset, ["prompt", "completion"])):
         try:
             prompt, completion = (checked_prompt(row[column], column, parts=True) for column in row)
-            if is_empty(completion) and not any(map(_calls_tools, completion or [])):
+            calls = any(isinstance(turn, dict) and turn.get("tool_calls") for turn in completion or ())
+            if is_empty(completion) and not calls:
                 raise UsageError(f"the column `completion` is empty: {completion!r}; fix the row or leave it out")
             if isinstance(prompt, str) != isinstance(completion, str):
                 kinds = ("text", "a list of messages")
@@ -133,10 +126,6 @@ def check_examples(dataset: "Dataset") -> None:
                 )
         except UsageError as error:
             raise UsageError(f"row {index} of the data: {error}.") from None
-
-
-def _calls_tools(message: Any) -> bool:
-    return isinstance(message, dict) and bool(message.get("tool_calls"))
 
 
 def _drop_long_examples(dataset: "Dataset", tokenizer: "PreTrainedTokenizerBase", max_length: int | None) -> "Dataset":
