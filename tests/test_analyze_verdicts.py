@@ -1,6 +1,7 @@
 """`gd2po analyze` as a doctor: verdicts, findings, recommendations, weights, and the callback that gives them."""
 
 import json
+import re
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,7 @@ from gd2po_trl.analysis.evidence import interval
 from gd2po_trl.errors import UsageError
 from gd2po_trl.recipe import load_recipe
 from gd2po_trl.reporting import percent
+from gd2po_trl.reward_gates import parse_gates
 from gd2po_trl.training import run_recipe
 
 
@@ -123,8 +125,15 @@ def test_what_stands_out_is_named():
 
     # One of eight is right, and four of the wrong ones are short.
     first, second = [1, 0, 0, 0, 0, 0, 0, 0] * 250, [-1, 1, 1, 1, 1, -1, -1, -1] * 250
-    (finding,) = [one for one in diagnosis_of(first, second, size=8).findings if one.kind == "one_sided"]
+    report = diagnosis_of(first, second, size=8)
+    (finding,) = [one for one in report.findings if one.kind == "one_sided"]
     assert finding.rewards == ["short", "right"]
+    (advice,) = [text for text in report.recommendation.advice if "reward_gates" in text]
+    (line,) = re.findall("`(reward_gates: .*?)`", advice)
+    gates = yaml.safe_load(line)["reward_gates"]
+    assert gates == {"short": "right >= 1"} and parse_gates(gates) and "unscored" not in advice
+    penalty = diagnosis_of(first, np.array(second) - 1, size=8).recommendation.advice
+    assert any("closed_gate_reward: unscored" in text for text in penalty)
 
 
 def test_repeated_completions_tell_noise_from_rewards():

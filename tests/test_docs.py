@@ -347,7 +347,7 @@ def glossary() -> set[str]:
 def generic(metric: str) -> str:
     """A metric's name with the names of rewards replaced by their place."""
     metric = re.sub(r"^rewards/[^/]+/", "rewards/<name>/", metric.removeprefix("eval_"))
-    metric = re.sub(r"(gd2po/reward_weight)/.+", r"\1/<name>", metric)
+    metric = re.sub(r"(gd2po/(?:reward_weight|gate_open|raw))/.+", r"\1/<name>", metric)
     return re.sub(r"(gd2po/conflict_ratio)/.+_vs_.+", r"\1/<a>_vs_<b>", metric)
 
 
@@ -363,7 +363,8 @@ def run(tiny_policy, tmp_path_factory) -> Path:
         eval_steps=2,
         beta=0.0,
         update_share=0.5,  # for the metrics of the budget
-        reward_weight_schedules={"low_bytes": 2},  # and of the weights
+        reward_weight_schedules={"low_bytes": 2},  # of the weights
+        reward_gates={"spread_bytes": "low_bytes >= 0"},  # and of a gate
     )
     rewards = [low_bytes, spread_bytes]
     trainer = GD2POTrainer(
@@ -392,7 +393,8 @@ def test_glossary_covers_the_statistics():
 
 def test_glossary_covers_the_completions_table(run):
     table = pd.read_parquet(next((run / "completions").glob("*.parquet")))
-    assert set(table.columns) - {"low_bytes", "spread_bytes"} <= glossary()
+    columns = {re.sub("^gd2po_raw_.+", "gd2po_raw_<name>", column) for column in table.columns}
+    assert columns - {"low_bytes", "spread_bytes"} <= glossary()
 
 
 def load_script(name: str):

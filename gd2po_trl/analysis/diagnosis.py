@@ -3,6 +3,7 @@
 The advice on methods is that of docs/evidence.md, "When to use which method"; that on scales is measured there too.
 """
 
+import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -293,11 +294,8 @@ def _recommend(analysis: Analysis, verdict: Finding, findings: list[Finding]) ->
                 "with weights of 1 / spread, which make them equally loud; multiply by how much each shall matter."
             )
     if method and (one_sided := [finding.rewards for finding in findings if finding.kind == "one_sided"]):
-        up, down = one_sided[0]
-        advice.append(
-            f"If {down} is the goal, let {up} count only where {down} is met (a gate): most of their conflicts are "
-            f"rollouts that earn {up} without {down}."
-        )
+        by_name = {reward.name: reward for reward in analysis.rewards}
+        advice.append(_gate(*(by_name[name] for name in one_sided[0])))
     saturated = [name for finding in findings if finding.kind == "saturated" for name in finding.rewards]
     if saturated:
         advice.append(
@@ -308,6 +306,23 @@ def _recommend(analysis: Analysis, verdict: Finding, findings: list[Finding]) ->
     if silent:
         advice.append(f"Change what it takes to earn {join(silent)}, or watch it with weight 0.")
     return Recommendation(method, settings, advice)
+
+
+def _gate(up: RewardFigures, down: RewardFigures) -> str:
+    """To let `up` count only where `down` is met: a line for a recipe, or, from its braces on, for a command line."""
+    is_best = down.distinct_values <= FEW_VALUES
+    best, compare = (down.maximum, ">=") if down.weight >= 0 else (down.minimum, "<=")
+    # In full: a rounded best value may be one that is never reached.
+    threshold = f"{best!r}".removesuffix(".0") if is_best else f"{down.recent_mean:.3g}"
+    gate = json.dumps({up.name: f"{down.name} {compare} {threshold}"})
+    # A closed gate gives 0, which of a penalty is the best there is.
+    penalty = ", with `closed_gate_reward: unscored`, since 0 is the best value of it"
+    return (
+        f"If {down.name} is the goal, let {up.name} count only where it is met, since most of their conflicts "
+        f"are rollouts that earn {up.name} without {down.name}: `reward_gates: {gate}`"
+        f"{penalty if up.weight * (up.maximum if up.weight >= 0 else up.minimum) <= 0 else ''}. The threshold is the "
+        f"{'best value' if is_best else 'recent mean'} of {down.name}."
+    )
 
 
 def _method(

@@ -4,6 +4,9 @@ Rewards of my_task: one function each.
 A reward gets, by name, the lists `prompts` and `completions` and every other column of the data. It returns one number
 per completion, higher for better, or None where it cannot judge, and takes `**kwargs` for what it does not use. What
 has a default before `**kwargs` can be set in the recipe, under the reward's label in `reward_kwargs`.
+
+A function that scores several things at once returns a mapping per completion, such as {"polite": 1.0, "short": 0.5},
+and declares the names: `my_function.reward_names = ["polite", "short"]`. Each is then a reward with a weight of its own.
 """
 
 
