@@ -6,7 +6,7 @@ per completion, higher for better, or None where it cannot judge, and takes `**k
 has a default before `**kwargs` can be set in the recipe, under the reward's label in `reward_kwargs`.
 
 A function that scores several things at once returns a mapping per completion, such as {"polite": 1.0, "short": 0.5},
-and declares the names: `my_function.reward_names = ["polite", "short"]`. Each is then a reward with a weight of its own.
+and declares the names: `my_function.reward_names = ["polite", "short"]`. Each is then a reward with its own weight.
 """
 
 
