@@ -184,6 +184,8 @@ def test_a_terminal_shows_how_far_the_runs_are(stub_run, tmp_path):
 def test_variants_and_settings():
     settings = parse_settings(["reward_weights=1 0.5", 'reward-kwargs={"a": {"b": 1}}', "beta=none"], "--set")
     assert settings == {"reward_weights": ["1", "0.5"], "reward_kwargs": '{"a": {"b": 1}}', "beta": ["none"]}
+    listed = parse_settings(["reward_weights=[1, 0.5]", "reward_funcs=[a, b]"], "--set")
+    assert option_words(listed, "--set") == ("--reward_weights", "1", "0.5", "--reward_funcs", "a", "b")
     assert option_words(settings, "--set") == (
         *("--reward_weights", "1", "0.5", "--reward_kwargs", '{"a": {"b": 1}}', "--beta", "none"),
     )

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import yaml
+
 from ..errors import UsageError
 from ..recipe.values import without_secrets
 from ..rewards.user_code import as_dotted_path
@@ -111,15 +113,24 @@ def option_words(settings: Mapping[str, Any], where: str) -> tuple[str, ...]:
 
 
 def parse_settings(settings: Sequence[str], option: str) -> dict[str, Any]:
-    """Recipe keys and their values from `key=value` words; a value with spaces is a list, unless it is JSON."""
+    """Recipe keys and their values from `key=value` words; a list is written with spaces or as in a recipe."""
     parsed: dict[str, Any] = {}
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals or not key:
             raise UsageError(f"{option} {setting}: write key=value.")
         key = key.lstrip("-").replace("-", "_")
-        parsed[key] = value if value.startswith(("{", "[")) else shlex.split(value)
+        parsed[key] = value if value.startswith("{") else _words_of(value)
     return parsed
+
+
+def _words_of(value: str) -> Any:
+    if not value.startswith("["):
+        return shlex.split(value)
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        return value
 
 
 def mask_secrets(words: Sequence[str]) -> list[str]:
