@@ -1,5 +1,6 @@
 """The text in messages, and what the policy wrote of a completion."""
 
+import json
 from typing import Any
 
 
@@ -58,3 +59,31 @@ def completion_text(completion: Any) -> str:
 def continued(prefill: str, text: str) -> str:
     """An assistant's turn of which the prompt holds the start, such as `<think>`: that start, and `text` after it."""
     return f"{prefill.strip()}\n{text}" if prefill.strip() else text
+
+
+def conversation_text(value: Any) -> str:
+    """
+    A prompt or completion to be read by people: text as it is, several messages as `role: content` lines.
+
+    Args:
+        value (`Any`):
+            Text, or messages as TRL or a table holds them. Never raises; anything else is shown as JSON.
+    """
+    value = value.tolist() if hasattr(value, "tolist") else value  # as pandas reads lists from parquet
+    if value is None or isinstance(value, str):
+        return value or ""
+    if not isinstance(value, (list, tuple)) or not all(isinstance(message, dict) for message in value):
+        return json.dumps(value, ensure_ascii=False, default=str)
+    lines = []
+    for message in value:
+        content = message.get("content")
+        content = content.tolist() if hasattr(content, "tolist") else content
+        if isinstance(content, (list, tuple)):
+            parts = (part.get("text") or f"[{part.get('type')}]" for part in content if isinstance(part, dict))
+            content = " ".join(map(str, parts))
+        calls = message.get("tool_calls")
+        if calls is not None and len(calls):
+            content = f"{content or ''} {json.dumps(list(calls), ensure_ascii=False, default=str)}".strip()
+        text = "" if content is None else str(content)
+        lines.append(text if len(value) == 1 else f"{message.get('role')}: {text}")
+    return "\n".join(lines)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from .errors import UsageError
+from .messages import conversation_text
 from .reporting import make_table
 from .run_log import LogHistory, ends, held_out_change, reward_names, series, training_change
 from .terminal import duration, fill, make_console, number, printable, shorten
@@ -164,8 +166,8 @@ class RewardProgress(ProgressCallback):
                 fate = f"; in conflict, {'kept' if logs['extra']['gd2po_kept'][index] else 'left out'}"
             print_sample(
                 f"Rollout of step {state.global_step}",
-                as_text(logs["prompt"][index]),
-                {f"completion ({_scores(rewards)}{fate})": as_text(logs["completion"][index])},
+                conversation_text(logs["prompt"][index]),
+                {f"completion ({_scores(rewards)}{fate})": conversation_text(logs["completion"][index])},
                 self.console,
             )
 
@@ -191,19 +193,15 @@ def print_change(log: LogHistory, console: "Console") -> None:
     if not names:
         return
     try:
-        changes, title = held_out_change(log), "Mean reward on held-out prompts"
-        columns = ["reward", "before", "after", "change"]
-    except ValueError:
-        changes, title = (
-            training_change(log),
-            "Mean reward of the training rollouts, by step",
-        )
-        columns = ["reward", "first tenth", "last tenth", "change"]
+        changes, title, ends_called = held_out_change(log), "Mean reward on held-out prompts", ["before", "after"]
+    except UsageError:  # there were no evaluations
+        changes, title = training_change(log), "Mean reward of the training rollouts, by step"
+        ends_called = ["first tenth", "last tenth"]
     rows = [
         [name, number(before), number(after), number(after - before, "+")] for name, (before, after) in changes.items()
     ]
     if rows:
-        console.print(make_table(title, columns, rows))
+        console.print(make_table(title, ["reward", *ends_called, "change"], rows))
     _, conflict = series(log, "gd2po/conflict_ratio")
     if conflict and len(names) > 1:
         first, last = ends(conflict)
@@ -236,20 +234,3 @@ def _scores(rewards: Mapping[str, float]) -> str:
 def _part_of(state: Any) -> int:
     """Which of the `SAMPLE_TIMES` parts of the run a step is in, from 1 on; 0 before the first step."""
     return -(-SAMPLE_TIMES * state.global_step // max(state.max_steps, 1))
-
-
-def as_text(entry: Any) -> str:
-    """A prompt or completion as TRL keeps it: text, or messages, of which the last one says most."""
-    if isinstance(entry, str):
-        return entry
-    if not isinstance(entry, (list, tuple)):
-        return str(entry)
-    parts = []
-    for message in entry:
-        content = message.get("content") if isinstance(message, Mapping) else message
-        if isinstance(content, (list, tuple)):
-            content = " ".join(
-                str(part.get("text") or f"[{part.get('type', '')}]") for part in content if isinstance(part, Mapping)
-            )
-        parts.append(f"<{message.get('role', '')}> {content or ''}" if len(entry) > 1 else str(content or ""))
-    return "\n".join(parts)

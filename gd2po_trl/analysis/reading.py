@@ -16,6 +16,7 @@ import pandas as pd
 
 from .. import run_log
 from ..errors import UsageError
+from ..messages import conversation_text
 from .formats import (
     CSV_SUFFIXES,
     JSON_SUFFIXES,
@@ -228,38 +229,12 @@ def read_texts(rollouts: Rollouts, indices: Sequence[int]) -> list[tuple[str, st
             for row in rows:
                 if start <= row < start + len(chunk):
                     record = chunk.iloc[row - start]
-                    prompt = "" if layout.prompt is None else as_text(record[layout.prompt])
-                    texts[file, row] = (prompt, as_text(record[layout.completion]))
+                    prompt = "" if layout.prompt is None else conversation_text(record[layout.prompt])
+                    texts[file, row] = (prompt, conversation_text(record[layout.completion]))
             start += len(chunk)
             if start > max(rows):
                 break
     return [texts[place] for place in places]
-
-
-def as_text(value: Any) -> str:
-    """Plain text of a prompt or completion: a string as it is, messages as `role: content` lines."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, np.ndarray):
-        value = value.tolist()
-    if value is None:
-        return ""
-    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
-        return json.dumps(value, ensure_ascii=False, default=str)
-    lines = []
-    for message in value:
-        content = message.get("content")
-        if isinstance(content, np.ndarray):
-            content = content.tolist()
-        if isinstance(content, list):
-            parts = (part.get("text") or f"[{part.get('type')}]" for part in content if isinstance(part, dict))
-            content = " ".join(map(str, parts))
-        calls = message.get("tool_calls")
-        if calls is not None and len(calls):
-            content = f"{content or ''} {json.dumps(list(calls), ensure_ascii=False, default=str)}".strip()
-        text = "" if content is None else str(content)
-        lines.append(text if len(value) == 1 else f"{message.get('role')}: {text}")
-    return "\n".join(lines)
 
 
 # Which columns are rewards

@@ -188,9 +188,12 @@ def _text(generated: Any) -> str:
 
 
 def _print(records: list[dict[str, Any]]) -> None:
-    from ..progress import as_text, print_sample
+    from ..messages import conversation_text
+    from ..progress import print_sample
     from ..terminal import make_console
 
     console = make_console()
     for index, record in enumerate(records, start=1):
-        print_sample(f"Prompt {index}", as_text(record["prompt"]), {"completion": record["completion"]}, console)
+        print_sample(
+            f"Prompt {index}", conversation_text(record["prompt"]), {"completion": record["completion"]}, console
+        )
