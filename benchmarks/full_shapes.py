@@ -82,8 +82,22 @@ def config_of(shape: str) -> Qwen2Config:
 
 
 def save_policy(shape: str, folder: str) -> None:
+    """Random weights; a million numbers over and over, since drawing billions takes a core minutes."""
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config_of(shape), dtype=torch.bfloat16).save_pretrained(folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config_of(shape), dtype=torch.bfloat16)
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    numbers = torch.randn(2**20, dtype=torch.bfloat16) * 0.02
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            flat = parameter.view(-1)
+            if parameter.dim() == 1:
+                flat.fill_(float(name.endswith("norm.weight")))
+            else:
+                for part in flat.split(len(numbers)):
+                    part.copy_(numbers[: len(part)])
+    model.save_pretrained(folder)
     qwen_tokenizer().save_pretrained(folder)
 
 
@@ -106,8 +120,11 @@ class PeakMemory(threading.Thread):
 
     @staticmethod
     def held() -> float:
+        """In GB. Weights that need no conversion stay mapped to their file, and are not the process's own to Linux."""
         (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
-        return int(line.split()[1]) * 1024 / 1e9
+        mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(".safetensors")]
+        ends = [[int(end, 16) for end in line.split()[0].split("-")] for line in mapped]
+        return (int(line.split()[1]) * 1024 + sum(end - start for start, end in ends)) / 1e9
 
     def run(self) -> None:
         while True:
