@@ -1,8 +1,7 @@
 """
 GD2POTrainer stands in for GRPOTrainer: the behaviors of TRL's own trainer, one by one, on tiny local models.
 
-Not here, since it cannot run on a CPU without a download: real vLLM (`make test-vllm`), Liger kernels (Triton), and
-quantised policies (bitsandbytes needs a GPU).
+Not here: real vLLM (`make test-vllm`), quantized policies (`test_quantized.py`), and Liger kernels, which need Triton.
 """
 
 import inspect
