@@ -283,6 +283,16 @@ def test_named_files_exist(page):
     assert [name for name in sorted(named - titles) if "NAME" not in name and not (ROOT / name).is_file()] == []
 
 
+def test_architecture_names_what_exists():
+    """Each file that the table names, and after a colon what it holds."""
+    table = (ROOT / "docs/architecture.md").read_text(encoding="utf-8").partition("## Where to change what")[2]
+    cells = [row.split(" | ")[1] for row in table.splitlines() if row.startswith("| ")]
+    for path, names in re.findall(r"`([\w/]+\.py)`(?:: ((?:`\w+`(?:, )?)+))?", "\n".join(cells)):
+        text = (ROOT / "gd2po_trl" / path).read_text(encoding="utf-8")
+        defined = set(re.findall(r"^(?:def|class) (\w+)|^([A-Z_]+)\b", text, flags=re.MULTILINE))
+        assert set(re.findall(r"\w+", names)) <= {name for pair in defined for name in pair}, path
+
+
 def test_every_own_key_is_documented():
     documented = set(re.findall(r"`([\w.]+)`", (ROOT / "docs/recipes.md").read_text(encoding="utf-8")))
     own = {field.name for field in [*fields(RecipeArguments), *GD2PO_FIELDS]} | {"base"}
