@@ -2,9 +2,7 @@
 
 import logging
 import os
-import shutil
 import sys
-import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -93,16 +91,6 @@ class _Handler(logging.StreamHandler):
     @property
     def stream(self):
         return sys.stderr
-
-    def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
-        if record.exc_info or not sys.stderr.isatty():
-            return text
-        width = shutil.get_terminal_size().columns
-        lines = [
-            textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False) for line in text.split("\n")
-        ]
-        return "\n".join("\n".join(line) for line in lines)
 
 
 def set_up_logging() -> None:

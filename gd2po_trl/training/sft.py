@@ -45,8 +45,8 @@ def load_sft_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> R
     Its keys are the fields of [`DatasetArguments`] and of TRL's `SFTConfig` and `ModelConfig`. Arguments and errors
     are those of [`load_recipe`].
     """
-    parts, settings = parse_recipe(path, overrides, KINDS, "gd2po sft")
-    return Recipe(*parts, settings)
+    (arguments, training, model), settings = parse_recipe(path, overrides, KINDS, "gd2po sft")
+    return Recipe(arguments, training, model, settings)
 
 
 def run_sft(recipe: Recipe, *, progress: RewardProgress | None = None) -> SFTTrainer:
