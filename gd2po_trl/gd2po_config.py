@@ -156,8 +156,9 @@ class GD2POConfig(GRPOConfig):
         check_choice("conflict_filter", self.conflict_filter, CONFLICT_FILTERS)
         check_choice("consensus_weighting", self.consensus_weighting, CONSENSUS_WEIGHTINGS)
         check_choice("whitening", self.whitening, WHITENINGS)
-        self.reward_gates = as_mapping("reward_gates", self.reward_gates) or None
-        parse_gates(self.reward_gates or {})
+        gates = as_mapping("reward_gates", self.reward_gates)
+        self.reward_gates = {name: gate for name, gate in gates.items() if gate is not None} or None
+        parse_gates(gates)
         check_choice("closed_gate_reward", self.closed_gate_reward, CLOSED_GATE_REWARDS)
         check_snr_threshold(self.snr_threshold)
         check_update_share(self.update_share)

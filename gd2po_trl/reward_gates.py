@@ -40,7 +40,7 @@ class Condition:
 
 def parse_gates(gates: Mapping[str, Any]) -> dict[str, list[Condition]]:
     """
-    The conditions of each gated reward. A gate that is `None` is none, so that a recipe can drop that of its base.
+    The conditions of each gated reward. `None` is no gate, so that a recipe can drop that of its base.
 
     Args:
         gates (mapping of `str` to `str` or list of `str`):

@@ -96,7 +96,7 @@ def test_a_threshold_is_met_by_the_reward_of_the_same_number(dtype):
 
 def test_json_nulls_and_layers(tmp_path):
     config = tiny_args(tmp_path, reward_gates=json.dumps({"length": "correct >= 3", "format": None}))
-    assert config.reward_gates["length"] == "correct >= 3" and list(parse_gates(config.reward_gates)) == ["length"]
+    assert config.reward_gates == {"length": "correct >= 3"}
     below = {"reward_gates": {"a": "b > 1", "c": "b > 2"}}
     assert merge_layers(below, {"reward_gates": '{"a": null}'})["reward_gates"] == {"a": None, "c": "b > 2"}
     with pytest.raises(ValueError, match="closed_gate_reward"):

@@ -420,3 +420,7 @@ def test_the_ten_lines_train_and_resume_bit_for_bit(ten_lines, tmp_path, monkeyp
     assert {f"rewards/{name}/mean" for name in ("correct", "structure", "thinking", "brief")} <= set(entry)
     assert {"gd2po/gate_open/thinking", "gd2po/gate_open/brief", "gd2po/reward_weight/brief"} <= set(entry)
     assert entry["gd2po/reward_weight/brief"] == pytest.approx(0.5 * 2 / 20)
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert (
+        "| `thinking` | 0.5 | where `correct >= 3`, else zero |" in card and "| `correct` | 1 | everywhere |" in card
+    )
