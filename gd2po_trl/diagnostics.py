@@ -147,7 +147,9 @@ def nothing_learned(batches: int, conflict_ratio: float, masked_ratio: float, ma
 # Generation batches that a fall is judged over.
 WINDOW = 20
 # The trend of a falling reward is this many standard errors below 0. Batches have other prompts each, so a reward's
-# mean goes up and down; at this distance chance explains 1 of 2,500 windows.
+# mean goes up and down; at this distance chance explains 1 of 2,500 windows. A long run has many windows, so that one
+# more standard error is asked for at ten times as many batches: of rewards that vary by chance alone, 2.5 % then fall
+# in some window of 1,000 batches, and 25 % would without.
 STEEPNESS = 4.0
 # Share of the rollouts that would raise the reward above which it counts as kept from learning.
 DROPPED_SHARE = 0.5
@@ -192,19 +194,22 @@ class CollapseWatch:
         self.reward_names = list(reward_names)
         self.window = window
         self.batches: deque[Sequence[Sequence[float]]] = deque(maxlen=window)
+        self.batches_seen = 0
         self.has_warned = False
 
     def update(self, statistics: Sequence[Sequence[float]]) -> str | None:
         """A warning if the signature shows after this batch's [`collapse_statistics`], as lists; else `None`."""
         self.batches.append(statistics)
+        self.batches_seen += 1
         if self.has_warned or len(self.batches) < self.window:
             return None
         means, raising, dropped = zip(*self.batches, strict=True)
+        steepness = STEEPNESS + math.log10(self.batches_seen / self.window)
         for index, name in enumerate(self.reward_names):
             values = [batch[index] for batch in means]
             would_raise = sum(batch[index] for batch in raising)
             share = sum(batch[index] for batch in dropped) / max(would_raise, 1)
-            if share > DROPPED_SHARE and falls(values):
+            if share > DROPPED_SHARE and falls(values, steepness):
                 self.has_warned = True
                 size = len(values) // 4
                 before, after = math.fsum(values[:size]) / size, math.fsum(values[-size:]) / size
@@ -218,12 +223,12 @@ class CollapseWatch:
         return None
 
 
-def falls(values: Sequence[float]) -> bool:
-    """Whether the least-squares trend of `values` is more than `STEEPNESS` standard errors below 0."""
+def falls(values: Sequence[float], steepness: float = STEEPNESS) -> bool:
+    """Whether the least-squares trend of `values` is more than `steepness` standard errors below 0."""
     from scipy.stats import linregress
 
     if len(values) < 3 or any(math.isnan(value) for value in values):
         return False
     trend = linregress(range(len(values)), values)
     # The last term is rounding: a constant reward does not fall.
-    return -trend.slope > STEEPNESS * trend.stderr + 1e-9 * max(map(abs, values))
+    return -trend.slope > steepness * trend.stderr + 1e-9 * max(map(abs, values))

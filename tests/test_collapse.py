@@ -50,6 +50,17 @@ def test_chance_is_seldom_taken_for_a_fall():
     assert found < 10  # 1 of 2,500 in expectation
 
 
+def test_a_long_run_needs_a_clearer_fall():
+    draw = random.Random(0)
+    fall = [-0.22 * index + draw.gauss(0, 1) for index in range(WINDOW)]
+    assert falls(fall) and not falls(fall, STEEPNESS + 1)
+    assert list(feed(CollapseWatch(NAMES), fall)) == [WINDOW - 1]
+    rising = [float(index) for index in range(10 * WINDOW)]
+    after_long = [*rising, *(rising[-1] + value for value in fall)]  # of whose windows the last alone falls
+    assert not feed(CollapseWatch(NAMES), after_long)
+    assert feed(CollapseWatch(NAMES), [*after_long, *(after_long[-1] - index for index in range(WINDOW))])
+
+
 def test_a_fall_as_steep_as_its_noise_allows():
     draw = random.Random(0)
     assert falls([-0.3 * index + draw.gauss(0, 1) for index in range(WINDOW)])
