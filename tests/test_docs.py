@@ -232,7 +232,7 @@ def assert_gd2po_parses(words: list[str], tmp_path: Path, monkeypatch) -> None:
         patch.setattr("gd2po_trl.recipe.load_recipe", stand_in(load_recipe, stops=command != "compare"))
         patch.setattr("gd2po_trl.training.sft.load_sft_recipe", stand_in(load_sft_recipe, stops=True))
         if command == "compare":
-            patch.setattr("gd2po_trl.comparison.experiment.Experiment.run", stop)
+            patch.setattr("gd2po_trl.comparison.experiment._only_comparison_in", stop)
         elif command not in ("train", "sft", "quickstart"):
             patch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
         if {"--help", "--help-all", "--version"} & set(words):

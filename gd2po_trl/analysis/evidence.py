@@ -276,13 +276,7 @@ def find_examples(
 ) -> list[Example]:
     """
     The strongest conflicts of the most conflicting pairs of rewards, each from another prompt, from recent steps: the
-    completions of today say more than those of an untrained policy.
-
-    Args:
-        rollouts ([`Rollouts`]), groups ([`Groups`]), normalized ([`Normalized`]), analysis ([`Analysis`]):
-            The data and its figures.
-        count (`int`, *optional*, defaults to 6):
-            How many to return at most.
+    completions of today say more than those of an untrained policy. At most `count` of them.
     """
     directions = []
     for pair in analysis.pairs:

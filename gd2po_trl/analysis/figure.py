@@ -34,9 +34,8 @@ def draw(analysis: Analysis, path: Path) -> None:
         panel.spines[["top", "right"]].set_visible(False)
         panel.spines[["left", "bottom"]].set_color(MUTED)
         panel.tick_params(colors=INK, labelsize=9, length=3, color=MUTED)
-    for draw_panel, panel in zip(
-        (_over_training, _pair_matrix, _kept, _consensus, _agreement, _shares), panels.flat, strict=True
-    ):
+    drawn = (_over_training, _pair_matrix, _kept, _consensus, _agreement, _shares)
+    for draw_panel, panel in zip(drawn, panels.flat, strict=True):
         draw_panel(panel, analysis)
     figure.savefig(path)
 
@@ -115,27 +114,39 @@ def _pair(pair: PairFigures) -> str:
 def _at_one_step(panel, analysis: Analysis, pairs: list[PairFigures]) -> None:
     _title(panel, "Conflict", "share of rollouts that one reward favors and another disfavors")
     several = pairs if len(analysis.pairs) > 1 else []
-    names = ["any two" if several else _pair(pairs[0]), *(_pair(pair) for pair in several)][::-1]
-    values = [analysis.conflict_ratio, *(pair.conflict_ratio for pair in several)][::-1]
-    unrelated = [analysis.unrelated_ratio, *(pair.unrelated_ratio for pair in several)][::-1]
-    y = np.arange(len(names))
-    panel.barh(y, np.nan_to_num(values), height=0.55, color=PALETTE[0], label="measured")
-    panel.scatter(unrelated, y, marker="|", s=260, linewidths=2, color=PALETTE[1], label="by chance", zorder=3)
-    panel.set_yticks(y, names)
-    _share_axis(panel, len(names))
+    names = ["any two" if several else _pair(pairs[0]), *map(_pair, several)]
+    _bars(panel, names, {"measured": (PALETTE[0], [one.conflict_ratio for one in (analysis, *several)])}, digits=None)
+    unrelated = [one.unrelated_ratio for one in (analysis, *several)][::-1]
+    marks = {"marker": "|", "s": 260, "linewidths": 2, "color": PALETTE[1], "label": "by chance", "zorder": 3}
+    panel.scatter(unrelated, range(len(names)), **marks)
     if len(names) == 1:
         panel.set_ylim(-1.5, 1.5)
     _legend(panel, 2, bbox_to_anchor=(0, 1.03), markerscale=0.5)
 
 
-def _share_axis(panel, bars: int) -> None:
-    """An x axis from 0 to 100 %, and room for a legend above the bars."""
+def _bars(panel, names: list[str], series: dict[str, tuple[str, list[float]]], digits: int | None = 0) -> None:
+    """Horizontal bars from the top down, those of several series side by side, with their values as percentages."""
+    height = 0.55 if len(series) == 1 else 0.34
+    y = np.arange(len(names))[::-1]
+    for index, (label, (color, values)) in enumerate(series.items()):
+        places = y + (0 if len(series) == 1 else 0.19 - 0.38 * index)
+        panel.barh(places, np.nan_to_num(values), height=height, color=color, label=label)
+        for place, value in zip(places, values, strict=True):
+            if digits is not None and not np.isnan(value):
+                text = {"va": "center", "fontsize": 8.5, "color": INK}
+                panel.text(max(value, 0) + 0.012, place, f"{value:.{digits}%}", **text)
+    _share_axis(panel, names)
     panel.set_xlim(0, 1.1)
     panel.set_xticks(np.arange(0, 1.01, 0.2))
+
+
+def _share_axis(panel, names: list[str]) -> None:
+    """An x axis of percentages under bars from the top down, and room for a legend above them."""
+    panel.set_yticks(range(len(names)), names[::-1])
     panel.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     panel.spines["left"].set_visible(False)
     panel.tick_params(axis="y", length=0)
-    panel.set_ylim(-0.6, bars - 1 + 0.6 + 0.08 * bars)
+    panel.set_ylim(-0.6, len(names) - 0.4 + 0.08 * len(names))
 
 
 def _pair_matrix(panel, analysis: Analysis) -> None:
@@ -166,20 +177,11 @@ def _kept(panel, analysis: Analysis) -> None:
     _title(panel, "What the filters would keep", "of the rollouts with an advantage, and of its sum")
     if len(analysis.rewards) < 2:
         return _nothing(panel, "one reward: nothing to filter")
-    bars = analysis.filters[::-1]
-    y = np.arange(len(bars))
-    rollouts = [one.kept_ratio_with_signal for one in bars]
-    push = [one.kept_push for one in bars]
-    for values, offset, color, name in (
-        (rollouts, 0.19, PALETTE[0], "rollouts"),
-        (push, -0.19, "#9cc4e4", "advantages"),
-    ):
-        panel.barh(y + offset, values, height=0.34, color=color, label=name)
-        for position, value in zip(y, values, strict=True):
-            if not np.isnan(value):
-                panel.text(value + 0.012, position + offset, f"{value:.0%}", va="center", fontsize=8.5, color=INK)
-    panel.set_yticks(y, [one.label for one in bars])
-    _share_axis(panel, len(bars))
+    series = {
+        "rollouts": (PALETTE[0], [one.kept_ratio_with_signal for one in analysis.filters]),
+        "advantages": ("#9cc4e4", [one.kept_push for one in analysis.filters]),
+    }
+    _bars(panel, [one.label for one in analysis.filters], series)
     _legend(panel, 2, bbox_to_anchor=(0, 1.03))
 
 
@@ -187,20 +189,15 @@ def _consensus(panel, analysis: Analysis) -> None:
     _title(panel, "Consensus weight of the groups", "share of groups, by the share of their rollouts that is kept")
     if len(analysis.rewards) < 2:
         return _nothing(panel, "one reward: every rollout is kept")
-    bars = analysis.filters[::-1]
-    left = np.zeros(len(bars))
+    shares = np.array([one.consensus_distribution for one in analysis.filters[::-1]])
+    left = np.cumsum(shares, axis=1) - shares
     for index, name in enumerate(CONSENSUS_BINS):
-        values = np.array([one.consensus_distribution[index] for one in bars])
         color = KEPT(index / (len(CONSENSUS_BINS) - 1))
         label = {"0": "none kept", "1": "all"}.get(name, name.replace(" to ", "–"))
-        panel.barh(range(len(bars)), values, left=left, height=0.62, color=color, label=label, ec="white", lw=0.8)
-        left += values
-    panel.set_yticks(range(len(bars)), [one.label for one in bars])
+        style = {"height": 0.62, "color": color, "label": label, "ec": "white", "lw": 0.8}
+        panel.barh(range(len(shares)), shares[:, index], left=left[:, index], **style)
+    _share_axis(panel, [one.label for one in analysis.filters])
     panel.set_xlim(0, 1)
-    panel.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    panel.spines["left"].set_visible(False)
-    panel.tick_params(axis="y", length=0)
-    panel.set_ylim(-0.6, len(bars) + 0.15)
     _legend(panel, 6, handlelength=0.9, handletextpad=0.4, columnspacing=0.9)
 
 
@@ -228,25 +225,13 @@ def _agreement(panel, analysis: Analysis) -> None:
 
 def _shares(panel, analysis: Analysis) -> None:
     _title(panel, "Which reward decides", "share of the squared advantage, by reward")
-    rewards = analysis.rewards[::-1]
-    y = np.arange(len(rewards))
-    series = (
-        ([reward.share_sum_then_normalise for reward in rewards], 0.19, PALETTE[1], "GRPO (summed first)"),
-        ([reward.share_normalise_then_sum for reward in rewards], -0.19, PALETTE[0], "GDPO (normalized first)"),
-    )
-    known = [value for values, *_ in series for value in values if not np.isnan(value)]
+    summed = [reward.share_sum_then_normalise for reward in analysis.rewards]
+    normalized = [reward.share_normalise_then_sum for reward in analysis.rewards]
+    known = [value for value in (*summed, *normalized) if not np.isnan(value)]
     if not known:
         return _nothing(panel, "no reward varies within a group")
-    for values, offset, color, name in series:
-        values = np.nan_to_num(values)
-        panel.barh(y + offset, values, height=0.34, color=color, label=name)
-        for position, value in zip(y, values, strict=True):
-            panel.text(max(value, 0) + 0.012, position + offset, f"{value:.0%}", va="center", fontsize=8.5, color=INK)
+    series = {"GRPO (summed first)": (PALETTE[1], summed), "GDPO (normalized first)": (PALETTE[0], normalized)}
+    _bars(panel, [_label(reward.name) for reward in analysis.rewards], series)
     panel.axvline(0, color=MUTED, lw=0.8)
-    panel.set_yticks(y, [_label(reward.name) for reward in rewards])
     panel.set_xlim(min(0, *known) * 1.1, max(1.0, *known) * 1.12)
-    panel.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    panel.spines["left"].set_visible(False)
-    panel.tick_params(axis="y", length=0)
-    panel.set_ylim(-0.6, len(rewards) - 1 + 0.6 + 0.08 * len(rewards))
     _legend(panel, 2, bbox_to_anchor=(0, 1.03))

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
 
 import numpy as np
+import pandas as pd
 
 from ..errors import UsageError
 from .formats import is_trl_table
@@ -25,16 +25,11 @@ class Groups:
     M groups of at least two rollouts.
 
     Args:
-        order (`np.ndarray` of shape `(R,)`, int64):
-            Indices of the grouped rollouts: group after group, ordered by run and step.
-        sizes (`np.ndarray` of shape `(M,)`, int64):
-            Rollouts of each group; they sum to R.
-        steps (`np.ndarray` of shape `(M,)`, int64):
-            Training step of each group.
-        notes (`list[str]`):
-            Rows that were left out and other doubts, in plain language.
-        warnings (`list[str]`):
-            What may make the figures wrong.
+        order (`np.ndarray` of shape `(R,)`, int64): Indices of the grouped rollouts, by run and step, group by group.
+        sizes (`np.ndarray` of shape `(M,)`, int64): Rollouts of each group; they sum to R.
+        steps (`np.ndarray` of shape `(M,)`, int64): Training step of each group.
+        notes (`list[str]`): Rows that were left out and other doubts, in plain language.
+        warnings (`list[str]`): What may make the figures wrong.
     """
 
     order: np.ndarray
@@ -82,12 +77,6 @@ def find_groups(rollouts: Rollouts, num_generations: int | None = None) -> Group
     equal prompts in a row. Rows in any other order form one group per prompt and step, unless `num_generations` says
     how to cut it. Groups may differ in size; a rollout that is alone with its prompt is left out, and so is the rest
     of a group at the head of one of TRL's tables.
-
-    Args:
-        rollouts ([`Rollouts`]):
-            What the files hold.
-        num_generations (`int`, *optional*):
-            Rollouts per group, G.
 
     Raises:
         [`UsageError`]: if no prompt has two rollouts in the same step, or if only `num_generations` could tell the
@@ -227,24 +216,18 @@ def _without_repeated_tables(rollouts: Rollouts, notes: list[str]) -> np.ndarray
     """Indices of the rows without the steps whose rows all equal those of the step before."""
     if not rollouts.has_step:
         return np.arange(len(rollouts))
-    advantage = rollouts.extra.get("advantage", np.zeros(len(rollouts)))
-    columns = [rollouts.prompt, rollouts.completion, advantage, *rollouts.rewards.T]
-    # Sorted, so that the order of the rows within a step does not matter.
-    order = np.lexsort((*columns[::-1], rollouts.step, rollouts.run))
-    tables = np.split(order, np.flatnonzero(_starts(order, rollouts.run, rollouts.step))[1:])
-
-    def equal(first: np.ndarray, second: np.ndarray) -> bool:
-        return rollouts.run[first[0]] == rollouts.run[second[0]] and all(
-            np.array_equal(column[first], column[second], equal_nan=column.dtype.kind == "f") for column in columns
-        )
-
-    repeats = [here for before, here in pairwise(tables) if len(before) == len(here) and equal(before, here)]
-    kept: np.ndarray = np.ones(len(rollouts), dtype=bool)
-    for table in repeats:
-        kept[table] = False
-    if repeats:
+    columns = {"prompt": rollouts.prompt, "completion": rollouts.completion}
+    columns |= {"advantage": rollouts.extra["advantage"]} if "advantage" in rollouts.extra else {}
+    rows = pd.DataFrame(columns | {str(k): values for k, values in enumerate(rollouts.rewards.T)})
+    # Sums of hashes, so that the order of the rows within a step does not matter.
+    hashes = pd.util.hash_pandas_object(rows, index=False)
+    keys = pd.MultiIndex.from_arrays([rollouts.run, rollouts.step], names=["run", "step"])
+    tables = pd.DataFrame({"hash": hashes.to_numpy(), "size": 1}, index=keys).groupby(["run", "step"]).sum()
+    is_repeat = (tables == tables.groupby("run").shift(fill_value=0)).all(axis=1)
+    repeats = tables.index[is_repeat]
+    if len(repeats):
         notes.append(
             f"{len(repeats)} logging steps repeat the table of the step before, since the same generation batch was "
             "trained on again; each batch counts once, at the first step that logged it."
         )
-    return np.flatnonzero(kept)
+    return np.flatnonzero(~keys.isin(repeats))

@@ -69,17 +69,7 @@ def normalize(rollouts: Rollouts, groups: Groups, weights: np.ndarray, scale_rew
 def measure(
     rollouts: Rollouts, groups: Groups, normalized: Normalized, weights: np.ndarray, thresholds: Sequence[float]
 ) -> Analysis:
-    """
-    Count what the report shows.
-
-    Args:
-        rollouts ([`Rollouts`]), groups ([`Groups`]), normalized ([`Normalized`]):
-            The data, its groups and their normalized rewards.
-        weights (`np.ndarray` of shape `(K,)`):
-            Weight of each reward.
-        thresholds (sequence of `float`):
-            Thresholds at which to judge the SNR filter.
-    """
+    """Count what the report shows, with the SNR filter judged at the `thresholds`."""
     counts = _Counts(rollouts, groups, normalized, weights)
     conflict, scored = normalized.conflict, counts.scored.sum()
     agreement, _ = np.histogram(np.abs(normalized.agreement[conflict]), AGREEMENT_BINS, range=(0, 1))

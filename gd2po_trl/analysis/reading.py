@@ -61,31 +61,18 @@ class Rollouts:
     N logged rollouts under K rewards, in the order of the files. Texts are represented by a 64-bit hash.
 
     Args:
-        reward_names (`list[str]`):
-            Names of the rewards.
-        rewards (`np.ndarray` of shape `(N, K)`, float64):
-            NaN where a reward function did not score the rollout.
-        step (`np.ndarray` of shape `(N,)`, int64):
-            Training step; 0 throughout where the files tell none.
-        prompt, completion (`np.ndarray` of shape `(N,)`, uint64):
-            Hashes of the texts.
-        length (`np.ndarray` of shape `(N,)`, int64):
-            Characters of the completions.
-        run (`np.ndarray` of shape `(N,)`, int64):
-            Which run (folder) the rollout is from. Empty, as the following, for rollouts in memory.
-        file, row (`np.ndarray` of shape `(N,)`, int64):
-            Where its texts are.
-        extra (`dict[str, np.ndarray]`):
-            `advantage` and `gd2po_conflict`, where the first file has them, and `total`, the total reward of a file
-            that has a column of it; float64, shape `(N,)`, NaN if missing.
-        files (`list[Path]`):
-            The files.
-        layout ([`Layout`]):
-            Where they keep what.
-        warnings (`list[str]`):
-            What may make the figures wrong, to be said first.
-        notes (`list[str]`):
-            What a reader of the figures has to know.
+        reward_names (`list[str]`): Names of the rewards.
+        rewards (`np.ndarray` of shape `(N, K)`, float64): NaN where a reward function did not score the rollout.
+        step (`np.ndarray` of shape `(N,)`, int64): Training step; 0 throughout where the files tell none.
+        prompt, completion (`np.ndarray` of shape `(N,)`, uint64): Hashes of the texts.
+        length (`np.ndarray` of shape `(N,)`, int64): Characters of the completions.
+        run (`np.ndarray` of shape `(N,)`, int64): Which run (folder) the rollout is from. Empty, as the following, for
+            rollouts in memory.
+        file, row (`np.ndarray` of shape `(N,)`, int64): Where its texts are.
+        extra (`dict[str, np.ndarray]`): `advantage` and `gd2po_conflict`, where the first file has them, and `total`,
+            the total reward of a file that has a column of it; float64, shape `(N,)`, NaN if missing.
+        files (`list[Path]`), layout ([`Layout`]): The files, and where they keep what.
+        warnings, notes (`list[str]`): What may make the figures wrong, and what a reader of them has to know.
     """
 
     reward_names: list[str]
@@ -116,17 +103,11 @@ def read_rollouts(sources: Sequence[str | Path], reward_names: Sequence[str] | N
     """
     Read the rollouts of runs or files.
 
-    Args:
-        sources (sequence of `str` or `Path`):
-            Output folders of runs, folders with files, or parquet, JSONL or CSV files: completions that TRL logged,
-            rollouts as ms-swift, verl or NeMo-RL dump them, or files with the columns `prompt`, `completion`, one per
-            reward and, where there are several steps, `step`.
-        reward_names (sequence of `str`, *optional*):
-            The columns that hold rewards. Where not given, those that the run's `trainer_state.json` names as rewards,
-            or else all columns of numbers or booleans that are no step, advantage, identifier, total or diagnostic.
-
-    Returns:
-        [`Rollouts`]
+    `sources` are output folders of runs, folders with files, or parquet, JSONL or CSV files: completions that TRL
+    logged, rollouts as ms-swift, verl or NeMo-RL dump them, or files with the columns `prompt`, `completion`, one per
+    reward and, where there are several steps, `step`. Without `reward_names`, the rewards are the columns that the
+    run's `trainer_state.json` names, or else all columns of numbers or booleans but for steps, advantages,
+    identifiers, totals and diagnostics.
 
     Raises:
         [`UsageError`]: if a file cannot be read, or lacks a column or a prompt; it says which, and what to do.

@@ -142,15 +142,7 @@ def _values(example: Example) -> str:
 
 
 def write_report(folder: Path, report: Report) -> list[Path]:
-    """
-    Write `report.html`, `report.png` and `report.json` into `folder`; the paths written.
-
-    Args:
-        folder (`Path`):
-            Made if it does not exist. Reports of before are replaced.
-        report ([`Report`]):
-            What to write.
-    """
+    """Write `report.html`, `report.png` and `report.json` into `folder`, which is made; the paths written."""
     from .figure import draw  # matplotlib is slow to load, and only needed here
 
     try:

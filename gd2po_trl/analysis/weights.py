@@ -51,12 +51,6 @@ def find_weights(rollouts: "Rollouts", given: Sequence[float] | None = None) -> 
     In this order: those that are `given`; those of the `recipe.yaml` in the run's folder; those that reproduce the
     totals in its `trainer_state.json`; those that reproduce a column with totals; 1 each.
 
-    Args:
-        rollouts ([`Rollouts`]):
-            The data.
-        given (sequence of `float`, *optional*):
-            Weights in the order of the rewards.
-
     Raises:
         [`UsageError`]: if there are more or fewer weights `given` than rewards.
     """

@@ -2,8 +2,8 @@
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 # Far from any seed that a person would choose, so that learning rates are not chosen on the seeds of the comparison.
 FIRST_TUNING_SEED = 1000
+# Folder of the runs that choose learning rates.
+TUNING = "tuning"
 
 
 def compare(
@@ -96,212 +98,109 @@ def compare(
         chosen.append(make_variant(str(own.pop("method", "")), name, option_words(own, f"variant '{name}'")))
     chosen += MATCHED_WHITENING if match_whitening else ()
     check_variants(chosen)
-    names = [variant.name for variant in chosen]
-    experiment = Experiment(
-        config=Path(config),
-        variants=chosen,
-        seeds=seeds,
-        overrides=option_words(settings or {}, "settings"),
-        baseline=baseline or ("gdpo" if "gdpo" in names else names[0]),
-        learning_rates=learning_rates,
-        tuning_seeds=tuning_seeds,
-        ranges=dict(ranges or {}),
-        measure=measure,
-        match_whitening=match_whitening,
-        jobs=jobs,
-        devices=devices,
-        launch=tuple(shlex.split(launch)),
-        output=Path(output),
-        caption=caption or f"compare({str(config)!r}, seeds={seeds})",
-    )
-    return experiment.run()
+    names, output = [variant.name for variant in chosen], Path(output)
+    baseline = baseline or ("gdpo" if "gdpo" in names else names[0])
+    if baseline not in names:
+        raise UsageError(f"--baseline '{baseline}' is none of the variants: {', '.join(names)}.")
+    for name, value in {"seeds": seeds, "tuning-seeds": tuning_seeds, "jobs": jobs}.items():
+        if value < 1:
+            raise UsageError(f"--{name} is {value}; it must be at least 1.")
+    if len(set(devices)) < len(devices):
+        raise UsageError("--devices names a device twice; each has one run at a time.")
+    trainings = _Trainings(Path(config), chosen, option_words(settings or {}, "settings"), launch, measure, output)
+    trainings.slots = {"jobs": jobs, "devices": devices}
+    ranges = dict(ranges or {})
+    _check_ranges(ranges, trainings.weights)
+    _check_learning_rates(learning_rates, [trainings.overrides, *(variant.overrides for variant in chosen)])
+
+    with _only_comparison_in(output):
+        _announce(trainings, seeds, baseline, len(learning_rates) * tuning_seeds)
+        rates: dict[str, float] = {}
+        search: list[dict[str, Any]] = []
+        if learning_rates:
+            rates, search = _choose_learning_rates(trainings, learning_rates, tuning_seeds, ranges)
+        numbers = list(range(1, seeds + 1))
+        runs = {
+            variant.name: [trainings.run(variant, seed, "runs", rates.get(variant.name)) for seed in numbers]
+            for variant in chosen
+        }
+        outcomes = trainings.train([run for of_a_seed in zip(*runs.values(), strict=True) for run in of_a_seed])
+        results = evaluate(
+            {name: [outcomes[run.folder] for run in some] for name, some in runs.items()},
+            chosen,
+            numbers,
+            baseline=baseline,
+            weights=trainings.weights,
+            ranges=ranges,
+            contrasts=LADDER if match_whitening else (),
+        )
+        results.learning_rates, results.folder = rates, output
+        results.notes += [trainings.note] * bool(trainings.note)
+        _write(results, caption or f"compare({str(config)!r}, seeds={seeds})", search)
+    return results
 
 
-@dataclass
-class Experiment:
+class _Trainings:
     """
-    What is compared, and how. The arguments are those of [`compare`], with variants and settings resolved.
+    The recipes of the variants, and their runs.
 
     Making one reads every recipe, so that a mistake shows before the first run starts.
     """
 
-    config: Path
-    variants: list[Variant]
-    seeds: int
-    overrides: tuple[str, ...]
-    baseline: str
-    learning_rates: Sequence[float]
-    tuning_seeds: int
-    ranges: dict[str, tuple[float, float]]
-    measure: str
-    match_whitening: bool
-    jobs: int
-    devices: Sequence[str]
-    launch: tuple[str, ...]
-    output: Path
-    caption: str
-
-    def __post_init__(self):
+    def __init__(
+        self,
+        config: Path,
+        variants: list[Variant],
+        overrides: tuple[str, ...],
+        launch: str,
+        measure: str,
+        output: Path,
+    ):
         from ..estimators import load_estimator
         from ..recipe import load_recipe
 
-        self._check()
+        self.config, self.variants, self.overrides, self.output = config, variants, overrides, output
+        self.launch, self.measure = shlex.split(launch), measure
+        self.slots: dict[str, Any] = {}
+        self.display = Display()
         self.processes = launched_processes(self.launch)
         self.recipes = {
-            variant.name: load_recipe(self.config, (*self.overrides, *variant.overrides, "--method", variant.method))
-            for variant in self.variants
+            variant.name: load_recipe(config, (*overrides, *variant.overrides, "--method", variant.method))
+            for variant in variants
         }
         for recipe in self.recipes.values():
             load_estimator(recipe.training.estimator, recipe.training.estimator_kwargs)
-        _check_recipes(self.recipes, measure=self.measure)
+        _check_recipes(self.recipes, measure)
         first, *others = self.recipes
         self.weights = _weights(self.recipes[first])
         if not any(self.weights.values()):
             raise UsageError("All `reward_weights` are 0: there is nothing to compare.")
         differing = [name for name in others if _directions(self.recipes[name]) != _directions(self.recipes[first])]
-        self.weights_note = (
+        self.note = (
             f"`reward_weights` say which rewards `sum` and `worst` are made of, and that low is good where one is "
             f"negative. Those of {first} are used for all; {', '.join(differing)} trained with others."
             if differing
             else ""
         )
-        for name, (low, high) in self.ranges.items():
-            if name not in self.weights:
-                raise UsageError(f"--ranges: '{name}' is none of the rewards ({', '.join(self.weights)}).")
-            if not low < high:
-                raise UsageError(f"--ranges {name}={low:g}:{high:g}: the range is empty.")
 
-    def _check(self) -> None:
-        names = [variant.name for variant in self.variants]
-        if self.baseline not in names:
-            raise UsageError(f"--baseline '{self.baseline}' is none of the variants: {', '.join(names)}.")
-        for name in ("seeds", "tuning_seeds", "jobs"):
-            if getattr(self, name) < 1:
-                option = f"--{name.replace('_', '-')}"
-                raise UsageError(f"{option} is {getattr(self, name)}; it must be at least 1.")
-        if len(set(self.devices)) < len(self.devices):
-            raise UsageError("--devices names a device twice; each has one run at a time.")
-        if self.measure not in ("train", "eval"):
-            raise UsageError(f"--measure is {self.measure!r}; it must be 'train' or 'eval'.")
-        if any(not 0 < rate < float("inf") for rate in self.learning_rates):
-            raise UsageError(f"--learning-rates has {min(self.learning_rates):g}; a learning rate is positive.")
-        overrides = [self.overrides, *(variant.overrides for variant in self.variants)]
-        if self.learning_rates and any("--learning_rate" in words for words in overrides):
-            raise UsageError("--learning-rates chooses `learning_rate`: leave it out of --set and --variant.")
-
-    def run(self) -> Results:
-        """Train what is not trained yet, evaluate, and write the report."""
-        from filelock import FileLock, Timeout
-
-        try:
-            self.output.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.output / ".lock")
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise UsageError(
-                f"Another comparison is at work in '{self.output}'; wait, or name another --output."
-            ) from None
-        except OSError as error:
-            raise UsageError(f"Cannot write to --output '{self.output}': {error.strerror}.") from error
-        try:
-            return self._run()
-        finally:
-            lock.release()
-
-    def _run(self) -> Results:
-        seeds = list(range(1, self.seeds + 1))
-        display = Display()
-        self._announce(display)
-        rates, search = self._choose_learning_rates(display) if self.learning_rates else ({}, [])
-        runs = {
-            variant.name: [
-                self._make_run(variant, seed, self.output / "runs" / variant.name, rates.get(variant.name))
-                for seed in seeds
-            ]
-            for variant in self.variants
-        }
-        in_order = [runs[variant.name][index] for index in range(len(seeds)) for variant in self.variants]
-        outcomes = self._train(in_order, display)
-        results = evaluate(
-            {name: [outcomes[run.folder] for run in some] for name, some in runs.items()},
-            self.variants,
-            seeds,
-            baseline=self.baseline,
-            weights=self.weights,
-            ranges=self.ranges,
-            contrasts=LADDER if self.match_whitening else (),
-        )
-        results.learning_rates, results.folder = rates, self.output
-        self._write(results, search)
-        return results
-
-    def _announce(self, display: Display) -> None:
-        names, many = [variant.name for variant in self.variants], "s" if self.seeds > 1 else ""
-        count = len(names) * self.seeds
-        places = (
-            f"one at a time on each of the devices {', '.join(self.devices)}"
-            if self.devices
-            else f"{self.jobs} at a time"
-        )
-        display.line(
-            f"{count} run{'s' if count > 1 else ''}: {', '.join(names)}, each with {self.seeds} seed{many}, {places}. "
-            f"Compared with {self.baseline}. Logs and results go to {self.output}."
-        )
-        if self.learning_rates:
-            tuning = len(names) * len(self.learning_rates) * self.tuning_seeds
-            display.line(f"Before that, {tuning} runs choose the learning rates.")
-
-    def _write(self, results: Results, search: list[dict[str, Any]]) -> None:
-        from .figures import draw_curves, draw_trade_off
-
-        results.report = markdown(results, self.caption, search, self.weights_note)
-        results.notes += [self.weights_note] * bool(self.weights_note)
-        (self.output / "report.md").write_text(results.report, encoding="utf-8")
-        write_results(self.output / "results.json", results, self.caption, search)
-        results.written = ["report.md", "results.json"]
-        if results.finished:
-            draw_curves(results, self.output / "curves.png")
-            draw_trade_off(results, self.output / "trade_off.png")
-            results.written += ["curves.png", "trade_off.png"]
-
-    def _choose_learning_rates(self, display: Display) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        seeds = range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + self.tuning_seeds)
-        runs = {
-            (variant.name, rate): [
-                self._make_run(variant, seed, self.output / "tuning" / variant.name / f"{rate:g}", rate)
-                for seed in seeds
-            ]
-            for variant in self.variants
-            for rate in self.learning_rates
-        }
-        display.line(f"Choosing learning rates on seeds {', '.join(map(str, seeds))}.")
-        outcomes = self._train([run for some in runs.values() for run in some], display)
-        curves: dict[str, dict[float, list[Curves | None]]] = {variant.name: {} for variant in self.variants}
-        for (name, rate), some in runs.items():
-            curves[name][rate] = [outcomes[run.folder][1] for run in some]
-        rates, search = choose_learning_rates(curves, self.weights, self.ranges)
-        for name in curves:
-            if name not in rates:
-                folder = self.output / "tuning" / name
-                raise UsageError(f"{name} fails at every learning rate tried; the logs are in '{folder}'.")
-            display.line(f"Learning rate of {name}: {rates[name]:g}")
-        return rates, search
-
-    def _make_run(self, variant: Variant, seed: int, parent: Path, learning_rate: float | None) -> Run:
+    def run(self, variant: Variant, seed: int, parent: str, learning_rate: float | None) -> Run:
+        """The run of a variant with a seed, in a folder below `parent`."""
         settings = {**self.recipes[variant.name].settings, "seed": seed}
         for key in ("output_dir", "resume_from_checkpoint"):
             settings.pop(key, None)
-        overrides = list(self.overrides)
+        overrides, folder = list(self.overrides), self.output / parent / variant.name
         if learning_rate is not None:
             settings["learning_rate"] = learning_rate
             overrides += ["--learning_rate", repr(learning_rate)]
-        folder = parent / f"seed-{seed}"
+            folder = folder / f"{learning_rate:g}" if parent == TUNING else folder
+        folder = folder / f"seed-{seed}"
         command = train_command(self.config, variant, seed, folder, overrides, self.launch)
         return Run(variant, seed, folder, command, json.loads(json.dumps(settings, default=str)))
 
-    def _train(self, runs: list[Run], display: Display) -> dict[Path, tuple[Outcome, Curves | None]]:
-        with display:
-            outcomes = run_all(runs, jobs=self.jobs, devices=self.devices, report=display.line, watch=display.watch)
+    def train(self, runs: list[Run]) -> dict[Path, tuple[Outcome, Curves | None]]:
+        """Train `runs`; how they ended and what they logged, by folder."""
+        with self.display as display:
+            outcomes = run_all(runs, **self.slots, report=display.line, watch=display.watch)
         result: dict[Path, tuple[Outcome, Curves | None]] = {}
         for outcome in outcomes:
             training = self.recipes[outcome.run.variant.name].training
@@ -316,9 +215,94 @@ class Experiment:
         return result
 
 
-def _check_recipes(recipes: "dict[str, Recipe]", *, measure: str) -> None:
+@contextmanager
+def _only_comparison_in(output: Path) -> Iterator[None]:
+    """Make the folder and keep other comparisons out of it."""
+    from filelock import FileLock, Timeout
+
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(output / ".lock")
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UsageError(f"Another comparison is at work in '{output}'; wait, or name another --output.") from None
+    except OSError as error:
+        raise UsageError(f"Cannot write to --output '{output}': {error.strerror}.") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _announce(trainings: _Trainings, seeds: int, baseline: str, tuning: int) -> None:
+    names, devices, jobs = list(trainings.recipes), trainings.slots["devices"], trainings.slots["jobs"]
+    places = f"one at a time on each of the devices {', '.join(devices)}" if devices else f"{jobs} at a time"
+    count = len(names) * seeds
+    trainings.display.line(
+        f"{count} run{'s' * (count > 1)}: {', '.join(names)}, each with {seeds} seed{'s' * (seeds > 1)}, {places}. "
+        f"Compared with {baseline}. Logs and results go to {trainings.output}."
+    )
+    if tuning:
+        trainings.display.line(f"Before that, {len(names) * tuning} runs choose the learning rates.")
+
+
+def _choose_learning_rates(
+    trainings: _Trainings, rates: Sequence[float], count: int, ranges: dict[str, tuple[float, float]]
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    seeds = range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + count)
+    runs = {
+        (variant.name, rate): [trainings.run(variant, seed, TUNING, rate) for seed in seeds]
+        for variant in trainings.variants
+        for rate in rates
+    }
+    trainings.display.line(f"Choosing learning rates on seeds {', '.join(map(str, seeds))}.")
+    outcomes = trainings.train([run for some in runs.values() for run in some])
+    curves: dict[str, dict[float, list[Curves | None]]] = {variant.name: {} for variant in trainings.variants}
+    for (name, rate), some in runs.items():
+        curves[name][rate] = [outcomes[run.folder][1] for run in some]
+    chosen, search = choose_learning_rates(curves, trainings.weights, ranges)
+    for name in curves:
+        if name not in chosen:
+            folder = trainings.output / TUNING / name
+            raise UsageError(f"{name} fails at every learning rate tried; the logs are in '{folder}'.")
+        trainings.display.line(f"Learning rate of {name}: {chosen[name]:g}")
+    return chosen, search
+
+
+def _write(results: Results, caption: str, search: list[dict[str, Any]]) -> None:
+    from .figures import draw_curves, draw_trade_off
+
+    folder = results.folder or Path()
+    results.report = markdown(results, caption, search)
+    (folder / "report.md").write_text(results.report, encoding="utf-8")
+    write_results(folder / "results.json", results, caption, search)
+    results.written = ["report.md", "results.json"]
+    if results.finished:
+        draw_curves(results, folder / "curves.png")
+        draw_trade_off(results, folder / "trade_off.png")
+        results.written += ["curves.png", "trade_off.png"]
+
+
+def _check_ranges(ranges: Mapping[str, tuple[float, float]], weights: Mapping[str, float]) -> None:
+    for name, (low, high) in ranges.items():
+        if name not in weights:
+            raise UsageError(f"--ranges: '{name}' is none of the rewards ({', '.join(weights)}).")
+        if not low < high:
+            raise UsageError(f"--ranges {name}={low:g}:{high:g}: the range is empty.")
+
+
+def _check_learning_rates(rates: Sequence[float], overrides: Sequence[tuple[str, ...]]) -> None:
+    if any(not 0 < rate < float("inf") for rate in rates):
+        raise UsageError(f"--learning-rates has {min(rates):g}; a learning rate is positive.")
+    if rates and any("--learning_rate" in words for words in overrides):
+        raise UsageError("--learning-rates chooses `learning_rate`: leave it out of --set and --variant.")
+
+
+def _check_recipes(recipes: "dict[str, Recipe]", measure: str) -> None:
     from ..reward_gates import check_gates
 
+    if measure not in ("train", "eval"):
+        raise UsageError(f"--measure is {measure!r}; it must be 'train' or 'eval'.")
     first = next(iter(recipes))
     rewards = list(_weights(recipes[first]))
     for name, recipe in recipes.items():

@@ -24,16 +24,8 @@ TESTS = ["difference", "p (t)", "p (sign flip)", "p (Holm)", "pairs"]
 # Markdown and JSON
 
 
-def markdown(results: Results, caption: str, search: Sequence[dict[str, Any]] = (), note: str = "") -> str:
-    """
-    The report.
-
-    Args:
-        results ([`Results`]): From `evaluate`.
-        caption (`str`): The command that produced it.
-        search (sequence of `dict`, *optional*): How the learning rates were chosen, from `choose_learning_rates`.
-        note (`str`, *optional*): What else a reader has to know.
-    """
+def markdown(results: Results, caption: str, search: Sequence[dict[str, Any]] = ()) -> str:
+    """The report; `caption` is the command that produced it, `search` what `choose_learning_rates` tried."""
     sections = [f"**{results.verdict}**", f"`{caption}`", _summary(results)]
     if results.failures:
         sections.append(_failures(results))
@@ -42,7 +34,7 @@ def markdown(results: Results, caption: str, search: Sequence[dict[str, Any]] = 
         tables += [_contrast_table(results)] if results.contrasts else []
         sections += [table.markdown() for table in (*tables, _budget_table(results), _cost_table(results))]
     sections.append(_seed_table(results).markdown())
-    sections += [note] if note else []
+    sections += results.notes
     sections += [_search_table(search).markdown()] if search else []
     return "\n\n".join(sections) + "\n"
 

@@ -198,16 +198,10 @@ def evaluate(
     contrasts: Sequence[Contrast] = (),
 ) -> Results:
     """
-    Compare runs.
+    Compare runs, of which `outcomes` has per variant, for every seed, how it ended and what it logged.
 
-    Args:
-        outcomes (`dict`): Per variant, for every seed how its run ended and what it logged.
-        variants (sequence of [`Variant`]), seeds (sequence of `int`): What was run.
-        baseline (`str`): Name of the variant that the others are compared with.
-        weights (`dict[str, float]`): Weight of each reward; 0 keeps one out of `sum` and `worst`, and of a negative
-            one low values are good.
-        ranges (`dict[str, tuple[float, float]]`): Known ranges of rewards; the others use what was observed.
-        contrasts (sequence of [`Contrast`]): Further differences; those whose variants were not run are left out.
+    A reward of weight 0 is left out of `sum` and `worst`, and low values of one of negative weight are good. Rewards
+    without one of the known `ranges` use what was observed. `contrasts` whose variants were not run are left out.
     """
     finished = [curves for pairs in outcomes.values() for _, curves in pairs if curves is not None]
     ranges = {**observed_ranges(finished), **ranges}
@@ -276,13 +270,9 @@ def choose_learning_rates(
     """
     The learning rate of each variant with the highest mean final sum of normalized rewards.
 
-    Args:
-        curves (`dict`): Per variant and learning rate what its runs logged, `None` for a failed run.
-        weights (`dict[str, float]`), ranges (`dict[str, tuple[float, float]]`): As for `evaluate`.
-
-    Returns:
-        `tuple` of the chosen learning rates, which lack a variant whose runs all failed, and one entry per variant and
-        learning rate with its `score`. A learning rate at which a run failed has none and is not chosen.
+    `curves` has per variant and learning rate what the runs logged, `None` for a failed one. Returns the chosen
+    learning rates, which lack a variant whose runs all failed, and one entry per variant and learning rate with its
+    `score`, NaN where a run failed.
     """
     finished = [run for by_rate in curves.values() for runs in by_rate.values() for run in runs if run is not None]
     ranges = {**observed_ranges(finished), **ranges}

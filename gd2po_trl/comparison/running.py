@@ -136,20 +136,12 @@ def run_all(
     Train every run that is not finished yet.
 
     Args:
-        runs (sequence of [`Run`]):
-            What to train. A failed run is tried again; a finished one is not repeated.
-        jobs (`int`, *optional*, defaults to `1`):
-            How many runs to train at the same time.
-        devices (sequence of `str`, *optional*):
-            CUDA device ids. If given, each has one run at a time, which sees no other device, and `jobs` is not used.
-        report (callable, *optional*):
-            Called with one line about every run.
-        watch (callable, *optional*):
-            Called several times a second with how many runs have ended, of how many, and the label, step and number of
-            steps of every run at work; 0 where a run has not said them yet.
-
-    Returns:
-        `list` of [`Outcome`], in the order of `runs`.
+        runs (sequence of [`Run`]): What to train. A failed run is tried again.
+        jobs (`int`): How many runs to train at the same time.
+        devices (sequence of `str`): CUDA device ids. If given, each has one run at a time, and `jobs` is not used.
+        report (callable): Called with one line about every run.
+        watch (callable): Called several times a second with how many runs have ended, of how many, and the label, step
+            and number of steps of every run at work; 0 where a run has not said them yet.
 
     Raises:
         [`UsageError`]: if a folder holds a run with other settings, or a run ended because its input is wrong.

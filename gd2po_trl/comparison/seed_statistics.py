@@ -74,12 +74,7 @@ def mean_interval(values: Sequence[float]) -> Interval:
 
 
 def paired_test(values: Sequence[float], baseline: Sequence[float]) -> PairedTest:
-    """
-    Compare two methods seed by seed.
-
-    Args:
-        values (sequence of `float`), baseline (sequence of `float`): One value per seed, in the same order of seeds.
-    """
+    """Compare two methods, of which there is one value per seed, in the same order of seeds."""
     differences = [value - base for value, base in zip(values, baseline, strict=True)]
     interval, p_t = t_test(differences)
     if len(differences) < 2:
