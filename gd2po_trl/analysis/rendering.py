@@ -1,9 +1,6 @@
 """Writes the report: to the terminal, and as HTML, PNG and JSON."""
 
 import base64
-import html
-import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,37 +10,10 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from ..errors import UsageError
-from ..reporting import Table, make_table, short_number, write_json
+from ..reporting import make_table, short_number, write_json
 from ..terminal import make_console, printable, shorten
 from .analyzer import Report
 from .evidence import Example, tables
-
-
-# Nothing in the file may load or run anything, whatever a completion holds.
-CONTENT_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-
-STYLE = """
-:root { --ink: #1f2933; --muted: #5b6774; --line: #dde2e8; --soft: #f5f7f9; --accent: #0a6ebd; --warn: #b34a08 }
-* { box-sizing: border-box }
-body { margin: 0 auto; max-width: 78rem; padding: 2rem 1.5rem 4rem; background: #fff; color: var(--ink);
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif }
-h1 { font-size: 1.7rem; margin: 0 0 .2rem } h2 { font-size: 1.2rem; margin: 2.6rem 0 .5rem }
-.source, .help, footer { color: var(--muted); font-size: .9rem; overflow-wrap: anywhere }
-.summary { border-left: 4px solid var(--accent); background: var(--soft); padding: .9rem 1.3rem; margin: 1.3rem 0 }
-.summary p { margin: .45rem 0 } .summary p:first-child { font-size: 1.1rem; font-weight: 600 }
-ul.notes { color: var(--muted); font-size: .9rem; padding-left: 1.2rem }
-img { width: 100%; min-width: 56rem; height: auto; border: 1px solid var(--line); border-radius: 6px }
-.scroll { overflow-x: auto } table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
-th, td { padding: .35rem .8rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
-th { vertical-align: bottom; white-space: normal; font-weight: 600 }
-th:first-child, td:first-child { text-align: left; padding-left: 0 }
-.example { border: 1px solid var(--line); border-radius: 6px; margin: 1rem 0; padding: .9rem 1.2rem }
-.example p { margin: 0 0 .5rem } .up, .down { font-weight: 600 }
-.up { color: var(--accent) } .down { color: var(--warn) }
-.label { color: var(--muted); font-size: .8rem; margin: .6rem 0 .2rem }
-pre { margin: 0; padding: .6rem .8rem; background: var(--soft); border-radius: 4px; max-height: 22rem; overflow: auto;
-  white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.5 ui-monospace, SFMono-Regular, Consolas, monospace }
-"""
 
 
 def print_report(report: Report, console: Console | None = None) -> None:
@@ -71,7 +41,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
             console.print(Text(f"    {line}"), soft_wrap=True)
         console.print()
     console.print(Text("Evidence", style="bold"))
-    for sentence in [*(finding.text for finding in report.findings), *report.summary]:
+    for sentence in _evidence(report):
         console.print(_bullet(sentence), width=width)
     console.print()
     for table in tables(report):
@@ -87,6 +57,10 @@ def print_report(report: Report, console: Console | None = None) -> None:
         for note in report.notes:
             console.print(_bullet(note, "dim"), width=width)
         console.print()
+
+
+def _evidence(report: Report) -> list[str]:
+    return [*(finding.text for finding in report.findings), *report.summary]
 
 
 def _bullet(text: str, style: str = "") -> RichTable:
@@ -159,70 +133,18 @@ def write_report(folder: Path, report: Report) -> list[Path]:
 
 def render_html(report: Report, picture: bytes = b"") -> str:
     """The report as one HTML page that needs nothing else; all text of the data is escaped."""
-    image = base64.b64encode(picture).decode("ascii")
-    parts = [
-        "<!doctype html>",
-        '<html lang="en"><head><meta charset="utf-8">',
-        f'<meta http-equiv="Content-Security-Policy" content="{CONTENT_POLICY}">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>Rewards</title><style>{STYLE}</style></head><body>",
-        "<h1>What the rewards do</h1>",
-        f'<p class="source">{_escape(report.source)}</p>',
-        f'<div class="summary"><p>{_escape(report.verdict.text)}</p>',
-        *(f'<p class="down">Careful: {_escape(warning)}</p>' for warning in report.warnings),
-        "</div>",
-        "<h2>What to do</h2>",
-        _html_list(report.recommendation.advice),
-        *(
-            f'<p class="label">{_escape(heading)}</p><pre>{_escape(chr(10).join(lines))}</pre>'
-            for heading, lines in _settings(report)
-        ),
-        "<h2>Evidence</h2>",
-        _html_list([*(finding.text for finding in report.findings), *report.summary]),
-        f'<div class="scroll"><img alt="Figures of the report" src="data:image/png;base64,{image}"></div>'
-        if picture
-        else "",
-        *(_html_table(table) for table in tables(report)),
-    ]
-    if report.examples:
-        parts.append("<h2>Rollouts on which the rewards disagree most</h2>")
-        parts.append(
-            '<p class="help">From the last third of the steps, each from another prompt. A value, then its advantage '
-            "within its group, in standard deviations times the weight.</p>"
-        )
-        parts += [_html_example(example) for example in report.examples]
-    if report.notes:
-        parts += ["<h2>Notes</h2>", _html_list(report.notes, "notes")]
-    parts.append("</body></html>\n")
-    return "\n".join(filter(None, parts))
+    from jinja2 import Environment, PackageLoader
 
-
-def _html_list(sentences: Sequence[str], style: str = "") -> str:
-    # What stands between backticks is code.
-    texts = [re.sub("`([^`]+)`", r"<code>\1</code>", _escape(sentence)) for sentence in sentences]
-    items = "\n".join(f"<li>{text}</li>" for text in texts)
-    return f'<ul class="{style}">\n{items}\n</ul>'
-
-
-def _escape(text: str) -> str:
-    return html.escape(printable(text), quote=True)
-
-
-def _html_table(table: Table) -> str:
-    head = "".join(f"<th>{_escape(column)}</th>" for column in table.columns)
-    body = "\n".join("<tr>" + "".join(f"<td>{_escape(cell)}</td>" for cell in row) + "</tr>" for row in table.rows)
-    return (
-        f'<h2>{_escape(table.title)}</h2>\n<div class="scroll"><table><thead><tr>{head}</tr></thead>\n'
-        f'<tbody>{body}</tbody></table></div>\n<p class="help">{_escape(table.help)}</p>'
+    page = Environment(
+        loader=PackageLoader("gd2po_trl.analysis", ""),
+        autoescape=True,
+        finalize=lambda value: printable(value) if type(value) is str else value,  # not what is escaped already
     )
-
-
-def _html_example(example: Example) -> str:
-    return (
-        f'<div class="example"><p>Step {example.step}: '
-        f'<span class="up">{_escape(example.favoured_by)} favors it</span>, '
-        f'<span class="down">{_escape(example.penalised_by)} disfavors it</span></p>'
-        f'<p class="help">{_escape(_values(example))}; agreement {example.agreement:+.2f}</p>'
-        f'<p class="label">Prompt</p><pre>{_escape(example.prompt)}</pre>'
-        f'<p class="label">Completion</p><pre>{_escape(example.completion)}</pre></div>'
+    page.filters["values"] = _values
+    return page.get_template("report.html").render(
+        report=report,
+        settings=_settings(report),
+        sentences=_evidence(report),
+        image=base64.b64encode(picture).decode("ascii"),
+        tables=tables(report),
     )

@@ -6,6 +6,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
+from scipy import stats
 
 from ..reporting import MUTED, PALETTE
 from .curves import AXES, quantity_curves
@@ -42,21 +43,19 @@ def draw_curves(results: Results, path: Path) -> None:
                 finished = results.curves(variant.name)
                 if not finished:
                     continue
-                heights = np.stack(
-                    [
-                        np.interp(grid, run.spent[axis], quantity_curves(run, results.ranges, results.weights)[name])
-                        for run in finished
-                    ]
-                )
+                curves = [quantity_curves(run, results.ranges, results.weights)[name] for run in finished]
+                spent = [run.spent[axis] for run in finished]
+                heights = np.stack([np.interp(grid, *pair) for pair in zip(spent, curves, strict=True)])
                 seen += [heights.min(), heights.max()]
-                intervals = [mean_interval(heights[:, point].tolist()) for point in range(POINTS)]
-                _line(panel, grid, [i.mean for i in intervals], index, _legend(results, variant.name))
-                color = COLORS[index % len(COLORS)]
+                mean, color = heights.mean(0), COLORS[index % len(COLORS)]
+                style = LINES[index // len(COLORS) % len(LINES)]
+                panel.plot(grid, mean, style, color=color, linewidth=1.6, label=_legend(results, variant.name))
                 if len(finished) < SEEDS_OF_A_BAND:
                     panel.plot(grid, heights.T, color=color, alpha=0.35, linewidth=0.7)
                 else:
-                    low, high = ([getattr(i, side) for i in intervals] for side in ("low", "high"))
-                    panel.fill_between(grid, low, high, color=color, alpha=0.15, linewidth=0)
+                    half = stats.t.ppf(0.975, len(finished) - 1) * stats.sem(heights)
+                    panel.fill_between(grid, mean - half, mean + half, color=color, alpha=0.15, linewidth=0)
+            panel.spines[["top", "right"]].set_visible(False)
             low, high = min(seen), max(seen)
             panel.set_ylim(low - 0.05 * (high - low or 1), high + 0.05 * (high - low or 1))
             _count_axis(panel, results.budgets[axis])
@@ -72,28 +71,17 @@ def draw_trade_off(results: Results, path: Path) -> None:
     figure = _figure(11, 4.8)
     balance, cost = figure.subplots(1, 2)
     for index, variant in enumerate(results.variants):
-        finished = [run for run in results.runs[variant.name] if run.curves is not None]
-        if not finished:
+        final = [run.values["steps"]["final"] for run in results.runs[variant.name] if run.curves]
+        if not final:
             continue
-        final = [run.values["steps"]["final"] for run in finished]
         sums = [values["sum"] for values in final]
-        for panel, other in (
-            (balance, [values["worst"] for values in final]),
-            (cost, [run.curves.total["tokens"] for run in finished]),
-        ):
-            color = COLORS[index % len(COLORS)]
+        tokens = [run.total["tokens"] for run in results.curves(variant.name)]
+        for panel, other in ((balance, [values["worst"] for values in final]), (cost, tokens)):
+            color, label = COLORS[index % len(COLORS)], _legend(results, variant.name)
             panel.scatter(other, sums, s=14, color=color, alpha=0.4, linewidth=0)
             x, y = mean_interval(other), mean_interval(sums)
-            panel.errorbar(
-                x.mean,
-                y.mean,
-                xerr=None if x.count < 2 else x.half_width,
-                yerr=None if y.count < 2 else y.half_width,
-                fmt="os^Dv<>P"[index % 8],
-                color=color,
-                capsize=3,
-                label=_legend(results, variant.name),
-            )
+            error = {} if x.count < 2 else {"xerr": x.half_width, "yerr": y.half_width}
+            panel.errorbar(x.mean, y.mean, fmt="os^Dv<>P"[index % 8], color=color, capsize=3, label=label, **error)
     balance.set_xlabel("worst normalized reward at the end")
     _count_axis(cost, cost.get_xlim()[1])
     cost.set_xlabel("trained tokens of the whole run")
@@ -121,12 +109,6 @@ def _legend_above(figure: Figure, panel, width: float) -> None:
     handles, labels = panel.get_legend_handles_labels()
     columns = max(1, int(width * 10 / (max(map(len, labels), default=1) + 6)))
     figure.legend(handles, labels, loc="outside upper center", ncols=min(columns, len(labels) or 1), frameon=False)
-
-
-def _line(panel, x: np.ndarray, y: list[float], index: int, label: str) -> None:
-    style = LINES[index // len(COLORS) % len(LINES)]
-    panel.plot(x, y, style, color=COLORS[index % len(COLORS)], linewidth=1.6, label=label)
-    panel.spines[["top", "right"]].set_visible(False)
 
 
 def _legend(results: Results, variant: str) -> str:

@@ -98,10 +98,14 @@ def sign_flip_test(differences: Sequence[float]) -> float:
     values = np.asarray(differences, dtype=np.float64)
     if np.isnan(values).any():
         return math.nan
-    # As whole numbers, whose sums are exact: rounding must not decide whether a pattern reaches the observed sum.
-    values = np.rint(values / max(np.abs(values).max(), np.finfo(np.float64).tiny) * 2**40)
+    values = values / max(np.abs(values).max(), np.finfo(np.float64).tiny)
+
+    def size(flipped: np.ndarray, axis: int) -> np.ndarray:
+        # Rounded, so that the last digits of a sum do not decide whether a pattern reaches the observed one.
+        return np.abs(flipped.sum(axis)).round(10)
+
     options = {"permutation_type": "samples", "alternative": "greater", "n_resamples": SIGN_PATTERNS, "rng": 0}
-    return float(stats.permutation_test((values,), lambda x, axis: np.abs(x.sum(axis)), **options).pvalue)
+    return float(stats.permutation_test((values,), size, **options).pvalue)
 
 
 def smallest_sign_flip_p(count: int) -> float:
