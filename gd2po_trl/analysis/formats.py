@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -181,16 +180,12 @@ def _parquet_chunks(file: Path, columns: Sequence[str] | None) -> Iterator[pd.Da
             # Nested columns become Python lists and dicts, and are the only ones for which pandas is no help.
             yield pd.DataFrame(
                 {
-                    name: _as_objects(column) if pa.types.is_nested(column.type) else column.to_pandas()
+                    name: pd.Series(column.to_pylist(), dtype=object)
+                    if pa.types.is_nested(column.type)
+                    else column.to_pandas()
                     for name, column in zip(batch.schema.names, batch.columns, strict=True)
                 }
             )
-
-
-def _as_objects(column: pa.Array) -> np.ndarray:
-    values: np.ndarray = np.empty(len(column), dtype=object)
-    values[:] = column.to_pylist()
-    return values
 
 
 def _json_chunks(file: Path, columns: Sequence[str] | None) -> Iterator[pd.DataFrame]:

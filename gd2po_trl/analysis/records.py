@@ -1,7 +1,6 @@
 """The figures of a report, as plain data."""
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 
 # Bounds of the kept share of a group: none, up to a quarter, ..., below all, all.
@@ -169,7 +168,3 @@ class Analysis:
     over_steps: StepFigures
     warnings: list[str]
     notes: list[str]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain lists, dicts, strings and numbers."""
-        return asdict(self)

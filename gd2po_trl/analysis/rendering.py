@@ -24,6 +24,14 @@ def print_report(report: Report, console: Console | None = None) -> None:
     def paragraph(text: str, style: str = "") -> None:
         console.print(Text(printable(text), style=style), width=width)
 
+    def section(title: str, sentences: list[str], style: str = "") -> None:
+        console.print(Text(title, style="bold"))
+        for sentence in sentences:
+            bullet = RichTable.grid(padding=(0, 1))
+            bullet.add_row(Text("-", style=style), Text(printable(sentence), style=style))
+            console.print(bullet, width=width)
+        console.print()
+
     console.print()
     paragraph(report.verdict.text, "bold")
     console.print()
@@ -31,19 +39,11 @@ def print_report(report: Report, console: Console | None = None) -> None:
         paragraph(f"Careful: {warning}", "bold yellow")
     if report.warnings:
         console.print()
-    console.print(Text("What to do", style="bold"))
-    for advice in report.recommendation.advice:
-        console.print(_bullet(advice), width=width)
-    console.print()
+    section("What to do", report.recommendation.advice)
     for heading, lines in _settings(report):
-        console.print(Text(f"{heading}:"))
-        for line in lines:
-            console.print(Text(f"    {line}"), soft_wrap=True)
+        console.print(Text("\n    ".join([f"{heading}:", *lines])), soft_wrap=True)
         console.print()
-    console.print(Text("Evidence", style="bold"))
-    for sentence in _evidence(report):
-        console.print(_bullet(sentence), width=width)
-    console.print()
+    section("Evidence", _evidence(report))
     for table in tables(report):
         console.print(make_table(table.title, table.columns, table.rows))
         console.print(Padding(Text(table.help, style="dim"), (0, 1, 1, 1)), width=width)
@@ -53,20 +53,11 @@ def print_report(report: Report, console: Console | None = None) -> None:
             _print_example(example, console, width)
         console.print()
     if report.notes:
-        console.print(Text("Notes", style="bold"))
-        for note in report.notes:
-            console.print(_bullet(note, "dim"), width=width)
-        console.print()
+        section("Notes", report.notes, "dim")
 
 
 def _evidence(report: Report) -> list[str]:
     return [*(finding.text for finding in report.findings), *report.summary]
-
-
-def _bullet(text: str, style: str = "") -> RichTable:
-    grid = RichTable.grid(padding=(0, 1))
-    grid.add_row(Text("-", style=style), Text(printable(text), style=style))
-    return grid
 
 
 def _settings(report: Report) -> list[tuple[str, list[str]]]:

@@ -26,67 +26,35 @@ TESTS = ["difference", "p (t)", "p (sign flip)", "p (Holm)", "pairs"]
 
 def markdown(results: Results, caption: str, search: Sequence[dict[str, Any]] = ()) -> str:
     """The report; `caption` is the command that produced it, `search` what `choose_learning_rates` tried."""
-    sections = [f"**{results.verdict}**", f"`{caption}`", _summary(results)]
-    if results.failures:
-        sections.append(_failures(results))
+    from jinja2 import Environment, PackageLoader
+
+    tables = [_seed_table(results)]
     if results.finished:
-        tables = [_final_table(results), _difference_table(results)]
-        tables += [_contrast_table(results)] if results.contrasts else []
-        sections += [table.markdown() for table in (*tables, _budget_table(results), _cost_table(results))]
-    sections.append(_seed_table(results).markdown())
-    sections += results.notes
+        contrasts = [_contrast_table(results)] if results.contrasts else []
+        differences = [_final_table(results), _difference_table(results), *contrasts]
+        tables = [*differences, _budget_table(results), _cost_table(results), *tables]
+    sections = [table.markdown() for table in tables] + results.notes
     sections += [_search_table(search).markdown()] if search else []
-    return "\n\n".join(sections) + "\n"
-
-
-def _summary(results: Results) -> str:
-    seeds = len(results.seeds)
-    return (
-        f"{seeds} seeds ({', '.join(map(str, results.seeds))}). {_made_of(results)} Intervals are 95 % (Student's t "
-        f"over the seeds). Differences are paired by seed; p-values are two-sided. {_corrected_together(results)}\\* "
-        f"marks p < 0.05 after the correction. With {seeds} seeds the sign-flip test cannot give less than "
-        f"{smallest_sign_flip_p(seeds):.3g}."
-    )
-
-
-def _corrected_together(results: Results) -> str:
-    family = len(results.tables["steps", "final"])
-    if family == 0:
-        return ""
-    sentence = (
-        f"Holm's correction is of the t-test's p-values, over the {family} differences that belong to one budget and "
-        "one kind (final or area): every method but the baseline in each reward, `sum` and `worst`, also where a "
-        "table shows the last two only. Different budgets and kinds are not corrected for each other. "
-    )
-    if results.contrasts:
-        sentence += f"The {len(results.contrasts)} rows of *one thing at a time* are corrected among themselves. "
-    return sentence
-
-
-def _made_of(results: Results) -> str:
     counted = counted_rewards(results.ranges, results.weights)
-    ranges = "; ".join(
-        f"{name} {results.ranges[name][0]:g} to {results.ranges[name][1]:g}"
-        + (", lower is better" if results.weights[name] < 0 else "")
-        for name in counted
+    environment = Environment(loader=PackageLoader("gd2po_trl.comparison", ""), keep_trailing_newline=True)
+    return environment.get_template("report.md.jinja").render(
+        results=results,
+        caption=caption,
+        counted=[
+            "{} {:g} to {:g}".format(name, *results.ranges[name])
+            + (", lower is better" if results.weights[name] < 0 else "")
+            for name in counted
+        ],
+        left_out=[
+            f"{name} ({'weight 0' if results.weights[name] == 0 else 'the same in all runs'})"
+            for name in results.ranges
+            if name not in counted
+        ],
+        family=len(results.tables["steps", "final"]),
+        smallest_p=f"{smallest_sign_flip_p(len(results.seeds)):.3g}",
+        total=len(results.seeds) * len(results.variants),
+        sections=sections,
     )
-    left_out = [
-        f"{name} ({'weight 0' if results.weights[name] == 0 else 'the same in all runs'})"
-        for name in results.ranges
-        if name not in counted
-    ]
-    return (
-        f"`sum` is the sum of the rewards, each as a share of its range{f' ({ranges})' if ranges else ''}; `worst` is "
-        "the lowest of these shares." + (f" Left out of both: {', '.join(left_out)}." if left_out else "")
-    )
-
-
-def _failures(results: Results) -> str:
-    lines = [f"- {run.outcome.run.label}: {run.outcome.failure}" for run in results.failures]
-    return (
-        f"**{len(results.failures)} of {len(results.seeds) * len(results.variants)} runs failed.** They are missing "
-        "from every mean and difference below, which therefore only hold for runs that do not fail:\n\n"
-    ) + "\n".join(lines)
 
 
 def _final_table(results: Results) -> Table:
