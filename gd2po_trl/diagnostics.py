@@ -167,7 +167,7 @@ def collapse_statistics(
         breakdown ([`AdvantageBreakdown`]):
             What [`compute_advantages`] made of them.
         reward_weights (`torch.Tensor` of shape `(K,)`):
-            Weights; a reward of negative weight is meant to fall, and one of weight 0 is nobody's aim.
+            Weights; a reward of negative weight is meant to fall, and one of weight 0 is not trained.
 
     Returns:
         `torch.Tensor` of shape `(3, K)`, float32: mean of each reward, its sign turned where the weight is negative

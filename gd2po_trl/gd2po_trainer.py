@@ -113,7 +113,7 @@ class GD2POTrainer(PatchedGRPOTrainer):
         reward_funcs, weights = expand_parts(functions), args.reward_weights
         if isinstance(classes := kwargs.get("reward_processing_classes"), list) and len(classes) == len(functions):
             pairs = zip(functions, classes, strict=True)
-            kwargs["reward_processing_classes"] = [item for func, item in pairs for _ in part_names(func) or [None]]
+            kwargs["reward_processing_classes"] = [item for func, item in pairs for _ in part_names(func) or [""]]
         given = len(reward_funcs)
         try:
             # TRL takes weights of `reward_funcs` alone, and gives an environment's reward 1.
@@ -154,11 +154,12 @@ class GD2POTrainer(PatchedGRPOTrainer):
             else self._reward_guard.wrap(func, name)
             for func, name in zip(self.reward_funcs, self.reward_func_names, strict=True)
         ]
-        self._gates = RewardGates(args.reward_gates, self.reward_func_names, args.closed_gate_reward)
+        gates: Any = args.reward_gates  # a mapping, of which a config may be given the JSON
+        self._gates = RewardGates(gates, self.reward_func_names, args.closed_gate_reward)
         self._captured_rewards: torch.Tensor | None = None
         self._batches_without_gradient = 0
         if args.update_share < 1:
-            # Where a version of TRL does not tell, it counts as having one.
+            # Versions of TRL without this attribute may have an auxiliary loss.
             refuse_update_share(args, has_auxiliary_loss=getattr(self, "aux_loss_enabled", True))
             self.add_callback(UpdateBudget())
         self._collapse_watch = CollapseWatch(self.reward_func_names)
@@ -189,7 +190,7 @@ class GD2POTrainer(PatchedGRPOTrainer):
                 self._metrics["train" if self.model.training else "eval"][name].append(value)
             for column, values in self._gates.raw_columns(rewards).items():
                 self._logs["extra"][column].extend(values)
-        # Also what TRL logs, and sums for GRPO.
+        # TRL logs these values too, and sums them for GRPO.
         self._captured_rewards = self._gates.apply(rewards)
         return self._captured_rewards
 
@@ -199,7 +200,7 @@ class GD2POTrainer(PatchedGRPOTrainer):
 
     @contextmanager
     def _weights_of_the_step(self) -> Iterator[None]:
-        """The scheduled weights in the place of `reward_weights`, which also TRL's own advantages are made of."""
+        """Replace `reward_weights` by the scheduled weights, which TRL's own advantages then use as well."""
         weights = self.reward_weights
         if self._weight_schedules and self.model.training:
             names = self.reward_func_names

@@ -1,4 +1,4 @@
-"""What a model card says about a training run with GD²PO."""
+"""The parts of a model card that describe a training run with GD²PO."""
 
 import os
 import re
@@ -61,12 +61,13 @@ def training_section(
         reward_weights (sequence of `float`):
             Their weights, in the same order.
         changes (sequence of `str`, *optional*):
-            What a resumed run changed, and from which step on; the settings are those of its end.
+            Settings that changed when the run was resumed, and from which step on.
 
     Returns:
         `str`: the section, starting with its heading.
     """
-    gates = parse_gates(args.reward_gates or {})
+    declared: Any = args.reward_gates or {}
+    gates = parse_gates(declared)
     rewards = "\n".join(
         f"| `{name}` | {weight:g} | {_counts_where(gates.get(name, []), args.closed_gate_reward)} |"
         for name, weight in zip(reward_names, reward_weights, strict=True)
@@ -94,7 +95,7 @@ def _changes(changes: Sequence[str]) -> str:
     return f"\nThese are the settings at the end. The run was resumed with other ones:\n\n{lines}\n"
 
 
-# A prompt of the training data is shown if it has at most so many characters.
+# The longest prompt of the training data that is shown, in characters.
 PROMPT_LENGTH = 1500
 QUICK_START = re.compile(r"## Quick start\n.*?(?=^## )", re.DOTALL | re.MULTILINE)
 UNNAMED_BASE = "[None](https://huggingface.co/None)"
@@ -104,8 +105,8 @@ def with_use_of(card: str, trainer: Any) -> str:
     """
     TRL's model card with the base model named, and with code that runs: a prompt of the kind trained on, the adapter.
 
-    TRL names a base model that is a folder "None", loads "None" too where the run was not pushed to the Hub, and asks
-    every model about a time machine.
+    TRL's card names a local base model "None", loads "None" if the run was not pushed to the Hub, and has the same
+    example prompt for every model.
 
     Args:
         card (`str`): What TRL wrote.

@@ -1,4 +1,4 @@
-"""What a training shows on a terminal: one line of rewards, a rollout to read now and then, and what changed."""
+"""The output of a training run on a terminal: a line of rewards, a rollout now and then, and the change at the end."""
 
 import random
 import time
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # Rollouts are shown at the first log entry, and then as often as this over the run.
 SAMPLE_TIMES = 10
 PROMPT_LENGTH, COMPLETION_LENGTH = 400, 1200
-# What stands for a run without rewards, such as a supervised one.
+# Metrics that are shown for a run without rewards, such as a supervised one.
 OTHER_METRICS = {"loss": "loss", "mean_token_accuracy": "token accuracy"}
 
 
@@ -87,7 +87,7 @@ class RewardProgress(ProgressCallback):
             self._bar.update(0, completed=state.global_step)
 
     def on_prediction_step(self, args, state, control, **kwargs):
-        """Transformers' second bar, which is not shown, so that there is none to close after an evaluation."""
+        return  # transformers would show a second bar here, and close it after the evaluation
 
     on_evaluate = on_predict = on_prediction_step
 
@@ -157,7 +157,7 @@ class RewardProgress(ProgressCallback):
         if not logs:
             return
         count = len(logs["prompt"])
-        # Drawn from the step, so that no random number of the training is used up.
+        # Drawn from the step: the random numbers of the training stay as they were.
         chosen = random.Random(state.global_step).sample(range(count), min(self.num_samples, count))
         for index in sorted(chosen):
             rewards = {name: values[index] for name, values in logs["rewards"].items() if index < len(values)}
@@ -176,7 +176,7 @@ def print_sample(title: str, prompt: str, completions: Mapping[str, str], consol
     """Print a prompt and what was written for it, each completion under its own heading."""
     from rich.text import Text
 
-    # In a file a line stays whole; a terminal would break it inside a word.
+    # Lines in a file are not wrapped.
     style = {"soft_wrap": not console.is_terminal}
     console.print()
     console.print(Text(printable(title), style="bold"), **style)
@@ -232,5 +232,5 @@ def _scores(rewards: Mapping[str, float]) -> str:
 
 
 def _part_of(state: Any) -> int:
-    """Which of the `SAMPLE_TIMES` parts of the run a step is in, from 1 on; 0 before the first step."""
+    """The part of the run, of `SAMPLE_TIMES` equal ones, that a step is in, from 1 on; 0 before the first step."""
     return -(-SAMPLE_TIMES * state.global_step // max(state.max_steps, 1))

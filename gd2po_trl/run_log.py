@@ -1,4 +1,4 @@
-"""What a training run writes and others read: its log, its table of completions, its newest whole checkpoint."""
+"""The files that a training run writes: its log, its table of completions and its checkpoints."""
 
 import json
 import logging
@@ -17,7 +17,7 @@ LogHistory = list[dict[str, Any]]
 STATE_FILE = "trainer_state.json"
 # Share of the log entries, at either end, over which the noisy rewards of training are averaged.
 END_SHARE = 0.1
-# Columns of TRL's completions table, with `image`, which it adds for trackers; and how those of this package begin.
+# Columns of TRL's completions table (`image` is for trackers), and the prefix of this package's own columns.
 TABLE_COLUMNS = ("step", "prompt", "completion", "advantage", "image")
 TABLE_PREFIX = "gd2po_"
 # Folders of sharded weights in a checkpoint: of DeepSpeed, and of FSDP with a sharded state dict.

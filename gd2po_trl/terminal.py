@@ -1,4 +1,4 @@
-"""What every command shares that writes to a terminal: safe text, and each warning once."""
+"""Output to a terminal, for all commands: safe text, numbers, and each warning once."""
 
 import logging
 import os
@@ -33,7 +33,7 @@ def shorten(text: str, length: int) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` with control characters, which a terminal or a reader could fall for, written out."""
+    """`text` with control characters, which a terminal would act on, written out."""
     return "".join(
         char if char in "\n\t" or char.isprintable() or char == " " else char.encode("unicode_escape").decode("ascii")
         for char in text
@@ -83,7 +83,7 @@ class _Once(logging.Filter):
 
 
 class _Handler(logging.StreamHandler):
-    """Writes to what is standard error now, which a live display may have taken over since the start."""
+    """Writes to the current `sys.stderr`, which a live display may replace."""
 
     def __init__(self):
         logging.Handler.__init__(self)

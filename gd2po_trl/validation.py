@@ -38,7 +38,7 @@ class Validation(TrainerCallback):
         self._texts: list[tuple[list[Any], list[Any]]] = []
         self._waits_for_first_step = False
 
-    # When
+    # When an evaluation runs
 
     def on_train_begin(self, args, state, control, **kwargs):
         if args.eval_on_start and state.global_step > 0:  # transformers looks at it right after this
@@ -52,7 +52,7 @@ class Validation(TrainerCallback):
         if args.eval_on_end and args.eval_strategy != "epoch" and state.global_step >= state.max_steps:
             control.should_evaluate = True
 
-    # How
+    # How it runs
 
     @contextmanager
     def run(self, dataloader: Any, metric_key_prefix: str) -> Iterator[None]:
@@ -60,7 +60,7 @@ class Validation(TrainerCallback):
         trainer = self.trainer
         self._name = metric_key_prefix.removeprefix("eval_") if metric_key_prefix.startswith("eval_") else ""
         self._rewards, self._texts, self._is_running = [], [], True
-        # Also what a data loader draws when it starts. The device is the current one.
+        # Data loaders draw random numbers too when they start.
         device = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         try:
             with torch.random.fork_rng(devices=device), self._sampling():
@@ -132,7 +132,7 @@ class Validation(TrainerCallback):
 
 
 def _sampling_changes(trainer: Any, temperature: float) -> list[tuple[Any, str, Any]]:
-    """Object, attribute and value of everything that sets the temperature of TRL's generation."""
+    """Object, attribute and new value of everything that sets the temperature of TRL's generation."""
     changes: list[tuple[Any, str, Any]] = []
     if trainer.use_vllm:
         engine = trainer.vllm_generation
@@ -166,7 +166,7 @@ def _number_of_rows(dataloader: Any, num_generations: int) -> int | None:
 
 
 def _statistics(rewards: torch.Tensor, weights: torch.Tensor, trainer: Any) -> dict[str, float]:
-    """TRL's metrics of the rewards, of shape `(N, K)`, over all rows. NaN, unscored, counts nowhere."""
+    """TRL's metrics of the rewards, of shape `(N, K)`, over all rows. NaN (unscored) is left out."""
     total = (rewards * weights).nansum(1)
     total[rewards.isnan().all(1)] = torch.nan
     columns = {f"rewards/{name}/": column for name, column in zip(trainer.reward_func_names, rewards.T, strict=True)}

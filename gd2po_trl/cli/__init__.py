@@ -28,7 +28,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command that `argv` names; the exit status. A mistake of the user's is one line and status 2."""
+    """Run the command that `argv` names; the exit status, which is 2 for a mistake of the user (one line)."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help", "help"):
         print("usage: gd2po COMMAND [options]\n\ncommands:")

@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
 
 
 def _new(name: str) -> None:
-    """A folder with a recipe, two rewards and five prompts, each to be replaced."""
+    """Make a folder with a recipe, two rewards and five prompts, to be replaced by the user's own."""
     folder = Path(name)
     if folder.is_absolute() or not all(part.isidentifier() and not iskeyword(part) for part in folder.parts):
         suggestion = re.sub(r"\W+", "_", folder.name).strip("_") or "my_task"
@@ -84,7 +84,7 @@ def _show(path: Path, *, merged: bool) -> None:
 
 
 def _copy(path: Path, destination: Path) -> Path:
-    """Copy with the folders kept, so that the bases are found; refuses to overwrite what was changed."""
+    """Copy a recipe and its bases with their folders; files that differ are not overwritten."""
     files = files_of(path)
     targets = [destination / file.resolve().relative_to(FOLDER.resolve()) for file in files]
     for file, target in zip(files, targets, strict=True):

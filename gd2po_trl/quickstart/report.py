@@ -1,4 +1,4 @@
-"""What the quickstart shows at its end: the rewards' curves, and completions to read, before and after."""
+"""The end of the quickstart: curves of the rewards, and completions from before and after the training."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path

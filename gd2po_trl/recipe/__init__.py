@@ -86,7 +86,7 @@ def parse_recipe(
     path: str | Path | None, overrides: Sequence[str], kinds: Sequence[type], command: str
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """
-    Read a recipe into dataclasses, whatever it is a recipe of.
+    Read a recipe of any command into dataclasses.
 
     Args:
         path (`str`, `Path` or `None`):
@@ -174,7 +174,7 @@ def _options(words: list[str], parser: Any, command: str) -> dict[str, Any]:
     layer: dict[str, Any] = vars(parser.parse_args(words[: starts[0] if starts else None]))
     for start, end in zip(starts, [*starts[1:], None], strict=True):
         for key, value in vars(parser.parse_args(words[start:end])).items():
-            # A mapping that is given twice merges too.
+            # If a mapping is given twice, the two are merged.
             layer |= merge_layers({key: layer[key]}, {key: value}) if key in layer else {key: value}
     return layer
 
@@ -213,7 +213,7 @@ def _text(word: str) -> str | None:
 
 
 def _or_null(convert: Callable[[str], Any]) -> Callable[[str], Any]:
-    """`convert` that takes a word for null too: a command line has no null, and Python's is None."""
+    """`convert`, which also takes the words for null: a command line has no other way to write it."""
 
     def converted(word: str) -> Any:
         return None if word.lower() in NULL_WORDS else convert(word)
@@ -236,7 +236,7 @@ def _method_preset(method: Any) -> dict[str, Any]:
 
 
 def _as_written(value: Any, hint: Any) -> Any:
-    """What a recipe would say for `value`, which TRL or transformers made of it."""
+    """`value`, which TRL or transformers may have converted, as it is written in a recipe."""
     if hasattr(value, "to_dict"):
         return value.to_dict()
     return [value] if isinstance(value, str) and accepted_types(hint) <= {list, type(None)} else value
@@ -261,4 +261,4 @@ def _check_weights(arguments: Any, training: Any) -> None:
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or weight != weight or abs(weight) > 1e30:
             raise UsageError(f"`reward_weights` holds {weight!r}; weights are finite numbers.")
     if not any(weights):
-        raise UsageError(f"`reward_weights` is {weights}: with all weights 0 nothing is learned.")
+        raise UsageError(f"`reward_weights` is {weights}: with all weights 0 there is no gradient.")

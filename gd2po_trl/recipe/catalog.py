@@ -7,10 +7,10 @@ from ..errors import UsageError
 
 
 PACKAGE = Path(__file__).resolve().parents[1]
-# In the wheel the recipes lie inside the package, in a clone beside it.
+# The folder of recipes is inside the package in a wheel, and beside it in a clone.
 FOLDER = PACKAGE / "_recipes" if (PACKAGE / "_recipes").is_dir() else PACKAGE.parent / "recipes"
 
-# What `gd2po recipes new` starts a recipe from.
+# Files that `gd2po recipes new` copies.
 TEMPLATES = PACKAGE / "templates"
 
 
@@ -44,7 +44,7 @@ def recipe_names() -> list[str]:
     return sorted(
         path.relative_to(FOLDER).with_suffix("").as_posix()
         for path in FOLDER.rglob("*.yaml")
-        # Files whose name starts with an underscore are bases of others; accelerate's files are no recipes.
+        # Files whose name starts with an underscore are bases of others; accelerate's files are not recipes.
         if not path.name.startswith("_") and "accelerate_configs" not in path.parts
     )
 

@@ -10,13 +10,13 @@ from ..errors import UsageError
 from .values import as_mapping
 
 
-# Numbers of YAML 1.2 that YAML 1.1, and so PyYAML, reads as text: 1e-7, 2E3, 1.5e3.
+# Numbers in YAML 1.2 that PyYAML, which follows YAML 1.1, reads as text: 1e-7, 2E3, 1.5e3.
 _EXPONENT = re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$")
 _EXPONENT_TAG = "tag:yaml.org,2002:float#exponent"
-# The fields that the key `method` presets. A layer that names a method leaves nothing behind of the one below.
+# The fields that the key `method` presets. A layer that sets `method` drops them from the layers below.
 METHOD_FIELDS = ("multi_objective_aggregation", "conflict_filter", "consensus_weighting")
 
-# Mappings of labels to keyword arguments -> the key among these that says what takes them, by default the label.
+# Keys that map labels to keyword arguments -> the keyword that names what takes them, by default the label itself.
 KINDS = {"reward_kwargs": "type", "eval_dataset": "name"}
 SCHEDULES = "reward_weight_schedules"
 
@@ -56,9 +56,9 @@ def merge_layers(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]
     """
     The keys of `above` over those of `below`.
 
-    Mappings merge key by key, everything else is replaced. Four things end what lies below: another `type` of a
-    reward (`name` of an evaluation set) drops what stood under its label, a weight schedule the one of the same
-    reward, null in place of an evaluation set drops the set, and `method` the fields that it presets.
+    Mappings merge key by key, everything else is replaced. There are four exceptions: another `type` of a reward
+    (`name` of an evaluation set) replaces all settings of its label, a weight schedule replaces that of the same
+    reward, null in place of an evaluation set removes the set, and `method` removes the fields that it presets.
     """
     below, above = _with_mappings(below), _with_mappings(above)
     if "method" in above:
@@ -110,7 +110,7 @@ def _parse(text: str, path: Path) -> dict[str, Any]:
     try:
         content = yaml.load(text, Loader=_RecipeLoader)
         if isinstance(content, dict):
-            # The type of a key's own field decides what 1e3 means: a learning rate, or the name of a run.
+            # 1e3 may be a learning rate or the name of a run: the type of the key's field decides.
             content = {
                 key: value.text if isinstance(value, _Exponent) else _plain_numbers(value)
                 for key, value in content.items()
@@ -142,7 +142,7 @@ class _RecipeLoader(yaml.SafeLoader):
     """PyYAML's safe loader, which also reads 1e-7 as a number and refuses a key that occurs twice."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        # Here, and not while values are made: merge keys (<<) have not been resolved into the mapping yet.
+        # Checked here because merge keys (<<), which may repeat a key, are resolved only when values are made.
         node = super().compose_mapping_node(anchor)
         seen = set()
         for key, _ in node.value:

@@ -90,7 +90,7 @@ for _key, _names in _NAMES_OF_OTHERS.items():
     for _name in _names.split():
         OTHER_NAMES[_name] = (*OTHER_NAMES.get(_name, ()), _key)
 
-# What a name alone does not say.
+# What to know about the suggested key.
 REMARKS = {
     "max_prompt_length": "in tokens of the policy, chat template included; `long_prompts` says what becomes of longer",
     **dict.fromkeys(("warmup_ratio", "lr_warmup_steps_ratio"), "below 1 it is a share of all steps"),
@@ -110,7 +110,7 @@ REMARKS = {
     "norm_adv_by_std_in_grpo": "group, batch or none",
 }
 
-# What others have a key for, and where it is set here.
+# Keys of others for things that are not set in a recipe, and where they are set.
 ELSEWHERE = {
     **dict.fromkeys(
         ("wandb_project", "project_name"),
@@ -136,7 +136,7 @@ ELSEWHERE = {
     "kl_penalty": "`beta` is the KL coefficient.",
 }
 
-# Sections of nested configuration files, each with whose it is. A recipe is flat.
+# Sections of other projects' nested configuration files. A recipe is flat.
 SECTIONS = {
     **dict.fromkeys(
         "actor_rollout_ref actor rollout trainer critic reward_model custom_reward_function".split(), "verl"

@@ -19,14 +19,14 @@ TYPE_NAMES = {
     float: "a number",
     bool: "true or false",
 }
-# What null means for keys whose field takes none. `max_grad_norm: null` asks for no clipping, not for the default.
+# The meaning of null for keys whose fields do not take it. `max_grad_norm: null` means no clipping.
 NULL_MEANS = {"max_grad_norm": 0.0, "report_to": "none"}
 # Words for null in text: of YAML and JSON, of the command line, and of Python.
 NULL_WORDS = ("null", "none")
 # Their type hints allow null, and TRL fails with it.
 TAKES_NO_NULL = ("num_generations", "max_completion_length")
 
-# Numbers that neither TRL nor transformers refuses by name before the model is loaded, and some never.
+# Ranges of numbers that TRL and transformers check only after the model is loaded, or not.
 _RULES: tuple[tuple[Callable[[float], bool], str, str], ...] = (
     (
         lambda value: value >= 0,
@@ -70,7 +70,7 @@ def accepted_types(hint: Any) -> set[Any]:
 
 
 def as_meant(key: str, value: Any, default: Any) -> Any:
-    """What a value means where YAML, the command line or TRL's type hint says it in another type or number."""
+    """`value` in the type and unit of its field, where YAML, a command line or vLLM write it in another way."""
     is_nullable = default is None or key in NULL_MEANS
     if value is None or value == [None] or (is_nullable and str(value).lower() in NULL_WORDS):
         return NULL_MEANS.get(key)

@@ -25,7 +25,7 @@ from .policy import check_model, load_tokenizer, model_init_kwargs, whole_model
 if TYPE_CHECKING:
     from datasets import Dataset
 
-# Columns that hold a completion as it should be, in the order in which they are looked for.
+# Columns that may hold gold completions, in order of preference.
 GOLD_COLUMNS = ("completion", "answer", "solution", "chosen")
 NUM_SCORED = 4
 NUM_MEASURED = 5000
@@ -269,7 +269,7 @@ def _memory(
     from trl import get_peft_config, get_quantization_config
 
     training = recipe.training
-    # Where a model is found by its folder or id alone, TRL takes the precision of its configuration.
+    # For a model that is given by name, "auto" is the precision in its configuration.
     dtype = model_init_kwargs(recipe)["dtype"] or "float32"
     dtype = str(config.dtype or "float32" if dtype == "auto" else dtype).removeprefix("torch.")
     quantization = get_quantization_config(recipe.model)

@@ -1,4 +1,4 @@
-"""The policy that a recipe names: found before it is loaded, a whole model or an adapter, with its tokenizer."""
+"""The policy that a recipe names, a whole model or an adapter, and its tokenizer: checked, then loaded."""
 
 import logging
 import os
