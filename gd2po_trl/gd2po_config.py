@@ -20,11 +20,11 @@ from .advantages import (
     check_update_share,
 )
 from .field_help import help_from_docstring
-from .recipe.values import as_mapping, check_ranges
 from .reward_gates import CLOSED_GATE_REWARDS, parse_gates
 from .schedules import read_weight_schedules
 from .update.budget import refuse_update_share
 from .update.rows import LOSS_DENOMINATORS
+from .user_input import as_mapping, check_ranges
 
 
 if TYPE_CHECKING:

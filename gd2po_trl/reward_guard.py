@@ -61,14 +61,13 @@ def check_rewards(values: Any, expected: int, name: str) -> list[float | None]:
         )
     rewards = []
     for index, value in enumerate(values):
-        if value is not None:
-            if isinstance(value, (str, bytes)):
-                raise _not_a_number(name, index, value)
-            try:
-                value = float(value)
-            except (TypeError, ValueError, OverflowError, RuntimeError):
-                raise _not_a_number(name, index, value) from None
-        rewards.append(value)
+        try:
+            rewards.append(None if value is None else _as_number(value))
+        except _NOT_A_NUMBER:
+            raise RewardError(
+                f"The reward function '{name}' returned {str(value)[:80]!r} ({type(value).__name__}) for completion "
+                f"{index}; a reward must be a number or None."
+            ) from None
     return rewards
 
 
@@ -104,11 +103,13 @@ def check_parts(values: Any, expected: int, name: str, names: Sequence[str]) -> 
     return {part: check_rewards(column, expected, f"{name}: {part}") for part, column in columns.items()}
 
 
-def _not_a_number(name: str, index: int, value: Any) -> RewardError:
-    return RewardError(
-        f"The reward function '{name}' returned {str(value)[:80]!r} ({type(value).__name__}) for completion {index}; "
-        "a reward must be a number or None."
-    )
+_NOT_A_NUMBER = (TypeError, ValueError, OverflowError, RuntimeError)
+
+
+def _as_number(value: Any) -> float:
+    if isinstance(value, (str, bytes)):
+        raise TypeError
+    return float(value)
 
 
 def name_of(reward_func: Any) -> str:
@@ -144,10 +145,6 @@ def refused_arguments(reward_func: Callable, given: Collection[str]) -> list[str
     return [name for name in given if name in by_place or not (takes_all or name in by_name)]
 
 
-def _names_parameter(reward_func: Callable, name: str) -> bool:
-    return any(parameter.name == name for parameter in _parameters(reward_func))
-
-
 def _parameters(reward_func: Callable) -> list[inspect.Parameter]:
     try:
         # Of the function itself: a decorator may add or drop arguments before the function that it wraps is called.
@@ -167,24 +164,16 @@ class RewardGuard:
     script that it runs, `KeyboardInterrupt`, `CancelledError`); a Ctrl-C of the user's interrupts as ever.
 
     Args:
-        timeout (`float` or `None`):
-            Seconds that a call may take.
-        defer (`bool`):
-            Whether to keep failures for `raise_failures` instead of raising them.
-        prefill (`Callable`, *optional*):
-            Gives per prompt the start of the assistant's turn that the prompt holds already. Functions with a
-            parameter `prefill` are given it, unless the data has a column of that name.
+        timeout (`float`, *optional*): Seconds that a call may take.
+        defer (`bool`, defaults to `False`): Whether to keep failures for `raise_failures` instead of raising them.
+        prefill (`Callable`, *optional*): Gives per prompt the start of the assistant's turn that the prompt holds
+            already. Functions with a parameter `prefill` are given it, unless the data has a column of that name.
     """
 
     def __init__(
-        self,
-        timeout: float | None = None,
-        defer: bool = False,
-        prefill: Callable[[list], list[str]] | None = None,
+        self, timeout: float | None = None, defer: bool = False, prefill: Callable[[list], list[str]] | None = None
     ):
-        self.timeout = timeout
-        self.defer = defer
-        self.prefill = prefill
+        self.timeout, self.defer, self.prefill = timeout, defer, prefill
         self._failures: list[str] = []
         self._names: set[str] = set()
 
@@ -240,7 +229,8 @@ class RewardGuard:
 
     def _bound(self, reward_func: Callable, name: str, **arguments: Any) -> Callable[[], Any]:
         """The call of `reward_func` with `arguments`, which it must be able to take."""
-        if self.prefill is not None and "prefill" not in arguments and _names_parameter(reward_func, "prefill"):
+        takes_prefill = any(parameter.name == "prefill" for parameter in _parameters(reward_func))
+        if self.prefill is not None and "prefill" not in arguments and takes_prefill:
             arguments["prefill"] = self.prefill(arguments["prompts"])
         if refused := refused_arguments(reward_func, arguments):
             raise RewardError(takes_no_kwargs(name, refused))
@@ -303,24 +293,15 @@ class RewardGuard:
 
 
 class SilentRewards:
-    """
-    Notices a reward that scores nothing: it counts as if it were not there, and its mean in the log is nan.
-
-    Args:
-        names (sequence of `str`):
-            Names of the rewards.
-    """
+    """Notices a reward of `names` that scores nothing: it counts as if it were not there, its mean is nan."""
 
     def __init__(self, names: Sequence[str]):
         self._names, self._batches = list(names), [0] * len(names)
 
     def after_batch(self, rewards: torch.Tensor) -> list[str]:
         """
-        What to say after a generation batch: at the first one in a row that a reward does not score, and rarely then.
-
-        Args:
-            rewards (`torch.Tensor` of shape `(B, K)`):
-                Rewards of the batch, nan where there is none.
+        What to say after a generation batch with rewards (B, K), nan where there is none: at the first one in a row
+        that a reward does not score, and rarely then.
         """
         messages = []
         for index, is_silent in enumerate(torch.isnan(rewards).all(0).tolist()):
@@ -403,10 +384,8 @@ def _checked_log_metric(log_metric: Callable, name: str) -> Callable:
 
     def checked(metric: str, value: Any) -> None:
         try:
-            if isinstance(value, (str, bytes)) or not isinstance(metric, str):
-                raise TypeError
-            value = float(value)
-        except (TypeError, ValueError, OverflowError, RuntimeError):
+            value = _as_number(value if isinstance(metric, str) else "")
+        except _NOT_A_NUMBER:
             raise RewardError(
                 f"The reward function '{name}' gives `log_metric` {str(value)[:80]!r} ({type(value).__name__}) for "
                 f"{metric!r}; it takes a name and one number."

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .errors import UsageError
-from .recipe.values import as_mapping
+from .user_input import as_mapping
 
 
 KINDS = ("constant", "linear", "steps")

@@ -3,20 +3,18 @@
 import argparse
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from ..errors import UsageError
-from ..evaluation.settings import GenerationSettings, check_model_exists, mapping
+from ..evaluation.settings import BACKENDS, DTYPES, GenerationSettings, check_model_exists
 from ..terminal import set_up_logging
+from ..user_input import as_mapping
 
 
 API_BANK = """\
 Greedy completions for API-Bank (level 1: 399 dialogues, level 2: 67, level 3: 131), scored for accuracy, format and
 length. Comparable with published figures is --protocol reference; the default, strict, mends the published scorer's
-defects (any right call among wrong ones counts, a call without a name is given the right one, and so on).
-
-A killed run goes on where it stopped when the command is repeated. The folder --output then holds predictions.jsonl,
-scores.jsonl and results.json."""
+defects (any right call among wrong ones counts, a call without a name is given the right one, and so on)."""
 
 SAFE_ALIGNMENT = """\
 Greedy completions, one per prompt, and their mean under each reward and under the sum, per data set; with --baseline
@@ -25,11 +23,7 @@ out prompts that occur more than once in their set: --protocol reference.
 
   gd2po eval safe-alignment --model MODEL --data alpaca --data beavertails_evaluation \\
     --reward 'helpful={type: reward_model, model: PKU-Alignment/beaver-7b-v1.0-reward}' \\
-    --reward 'harmless={type: reward_model, model: PKU-Alignment/beaver-7b-v1.0-cost}'
-
-A killed run goes on where it stopped when the command is repeated. The folder --output then holds predictions.jsonl,
-scores.jsonl and results.json."""
-
+    --reward 'harmless={type: reward_model, model: PKU-Alignment/beaver-7b-v1.0-cost}'"""
 
 REWARDS = """\
 Any rewards on any data, before and after a training: greedy completions, one per prompt, the mean of each reward, and
@@ -39,20 +33,17 @@ the difference with its 95 % interval. Rewards may read columns of the data, as 
   gd2po eval rewards --model outputs/my_run --data held_out.jsonl --reward my_rewards.brevity --limit 100
 
 The folder of a run says what it does not need to be told: its recipe.yaml names the rewards, the data (eval_dataset,
-or else dataset) and the model before the training. --config names another recipe.
-
-A killed run goes on where it stopped when the command is repeated. The folder --output then holds predictions.jsonl,
-scores.jsonl and results.json."""
-
+or else dataset) and the model before the training. --config names another recipe."""
 
 BFCL = """\
 Greedy completions for the single-turn questions of the Berkeley Function-Calling Leaderboard, version 4, in ToolRL's
 prompt, and result files for its own checker. Nothing is scored here: the package bfcl-eval, which carries the
-questions, does that in an environment of its own; the command is printed at the end.
+questions, does that in an environment of its own; the command is printed at the end."""
+
+GOES_ON = """
 
 A killed run goes on where it stopped when the command is repeated. The folder --output then holds predictions.jsonl,
-result/ and results.json."""
-
+results.json and the scores (scores.jsonl; of bfcl result/, for its checker)."""
 
 LEADERBOARD = """\
 The API-Bank evaluations in some folders and below, by overall accuracy: accuracy per level, format, length and words
@@ -73,7 +64,7 @@ def main(argv: list[str]) -> int:
         raise UsageError("--adapter goes with --model, not with --predictions.")
     if arguments.adapter is not None and len(arguments.model) > 1:
         raise UsageError("--adapter goes with one --model; the folder of an adapter is a model as well.")
-    arguments.chat_template_kwargs = mapping("--chat-template-kwargs", arguments.chat_template_kwargs)
+    arguments.chat_template_kwargs = as_mapping("--chat-template-kwargs", arguments.chat_template_kwargs)
     models = arguments.model or [None]
     if len(models) > 1:
         return _run_each(arguments, models)
@@ -95,9 +86,9 @@ def _run_each(arguments: argparse.Namespace, models: list[str]) -> int:
         print(f"{run.model}:")
         run.run(run)
     if arguments.task == "api-bank":
-        from ..tasks.tool_calling.leaderboard import LEADERBOARD_FILE, find_runs, write_and_print
+        from ..tasks.tool_calling.api_bank import LEADERBOARD_FILE, find_runs, print_leaderboard
 
-        write_and_print(find_runs([root]), root / LEADERBOARD_FILE)
+        print_leaderboard(find_runs([root]), root / LEADERBOARD_FILE)
     return 0
 
 
@@ -114,9 +105,9 @@ def _names_of(models: list[str]) -> list[str]:
 
 
 def _leaderboard(arguments: argparse.Namespace) -> int:
-    from ..tasks.tool_calling.leaderboard import find_runs, write_and_print
+    from ..tasks.tool_calling.api_bank import find_runs, print_leaderboard
 
-    write_and_print(find_runs(arguments.folders), arguments.output)
+    print_leaderboard(find_runs(arguments.folders), arguments.output)
     return 0
 
 
@@ -130,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
         task.set_defaults(run=run, task=name)
         return task
 
-    task = add_task("api-bank", _api_bank, "tool calling on API-Bank", API_BANK)
+    task = add_task("api-bank", _api_bank, "tool calling on API-Bank", API_BANK + GOES_ON)
     _add_common(task, max_new_tokens=4096, max_prompt_tokens=None)
     task.add_argument(
         "--data", metavar="FOLDER", help="folder with level-1-api_processed.json, ... from ToolRL's repository"
@@ -144,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
         help="reference is comparable with published figures, strict mends their defects (default: strict)",
     )
 
-    task = add_task("bfcl", _bfcl, "tool calling on BFCL, scored by bfcl-eval", BFCL)
+    task = add_task("bfcl", _bfcl, "tool calling on BFCL, scored by bfcl-eval", BFCL + GOES_ON)
     _add_common(task, max_new_tokens=4096, max_prompt_tokens=None)
     task.add_argument("--data", required=True, metavar="FOLDER", help="bfcl_eval/data of an installed bfcl-eval")
     task.add_argument("--categories", metavar="NAMES", help="comma-separated (default: all of a single turn)")
@@ -155,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
         help="rows of rlla_4k, whose system prompt is used with BFCL's tools in it (default: those of the Hub)",
     )
 
-    task = add_task("safe-alignment", _safe_alignment, "helpfulness and harmlessness", SAFE_ALIGNMENT)
+    task = add_task("safe-alignment", _safe_alignment, "helpfulness and harmlessness", SAFE_ALIGNMENT + GOES_ON)
     _add_common(task, max_new_tokens=1024, max_prompt_tokens=512)
     _add_data_and_rewards(task, required=True)
     task.add_argument(
@@ -169,7 +160,7 @@ def _parser() -> argparse.ArgumentParser:
         "results hold both means (default: all)",
     )
 
-    task = add_task("rewards", _rewards, "any rewards on any data", REWARDS)
+    task = add_task("rewards", _rewards, "any rewards on any data", REWARDS + GOES_ON)
     _add_common(task, max_new_tokens=None, max_prompt_tokens=None)
     task.add_argument("--config", metavar="RECIPE", help="recipe to read (default: recipe.yaml in the model's folder)")
     _add_data_and_rewards(task, required=False)
@@ -216,7 +207,6 @@ def _add_common(task: argparse.ArgumentParser, max_new_tokens: int | None, max_p
         help="folder or Hub id of a causal language model, or the folder of a PEFT adapter; several are evaluated one "
         "after the other, each in a folder of its own",
     )
-    task.add_argument("--adapter", help="folder or Hub id of a PEFT adapter on top of --model")
     task.add_argument(
         "--predictions",
         metavar="FILE",
@@ -228,46 +218,19 @@ def _add_common(task: argparse.ArgumentParser, max_new_tokens: int | None, max_p
         help="folder of the run, with several models of their folders (default: eval/TASK/MODEL, eval/TASK; none with "
         "--predictions)",
     )
-    task.add_argument("--backend", choices=("transformers", "vllm"), default="transformers")
-    task.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
-    task.add_argument(
-        "--batch-size",
-        type=int,
-        metavar="N",
-        help="prompts per batch, the most a kill can lose (default: 8, 256 with vLLM)",
-    )
-    task.add_argument(
-        "--max-new-tokens",
-        type=int,
-        default=max_new_tokens,
-        metavar="N",
-        help=f"(default: {max_new_tokens or 'as in training'})",
-    )
-    task.add_argument(
-        "--max-prompt-tokens",
-        type=int,
-        default=max_prompt_tokens,
-        metavar="N",
-        help=f"longer prompts are shortened from the left (default: {max_prompt_tokens or 'whole prompts'})",
-    )
-    task.add_argument(
-        "--max-model-len",
-        type=int,
-        metavar="N",
-        help="context window, prompt and completion together (default: the model's own)",
-    )
-    task.add_argument("--tensor-parallel-size", type=int, metavar="N", help="vLLM: GPUs for one model (default: 1)")
-    task.add_argument(
-        "--gpu-memory-utilization",
-        type=float,
-        metavar="SHARE",
-        help="vLLM: share of a GPU's memory to take (default: vLLM's own)",
-    )
-    task.add_argument(
-        "--chat-template-kwargs",
-        metavar="JSON",
-        help='variables of the chat template, the recipe\'s chat_template_kwargs: \'{"date_string": "26 Jul 2024"}\'',
-    )
+    defaults = {"max_new_tokens": max_new_tokens, "max_prompt_tokens": max_prompt_tokens}
+    choices = {"backend": BACKENDS, "dtype": DTYPES}
+    for item in fields(GenerationSettings):
+        if item.name != "model":
+            default = defaults.get(item.name, item.default)
+            shown = "as in training" if item.name in defaults and max_new_tokens is None else default
+            task.add_argument(
+                f"--{item.name.replace('_', '-')}",
+                type=next((kind for kind in (int, float) if kind in (item.type, *get_args(item.type))), str),
+                default=default,
+                choices=choices.get(item.name),
+                help=item.metadata["help"] + ("" if shown is None else f" (default: {shown})"),
+            )
 
 
 def _output(arguments: argparse.Namespace) -> Path | None:
@@ -415,7 +378,7 @@ def _rewards(arguments: argparse.Namespace) -> int:
     arguments.max_new_tokens = arguments.max_new_tokens or recipe.get("max_completion_length") or 512
     arguments.max_prompt_tokens = arguments.max_prompt_tokens or recipe.get("max_prompt_tokens")
     key = "chat_template_kwargs"
-    arguments.chat_template_kwargs = arguments.chat_template_kwargs or mapping(key, recipe.get(key))
+    arguments.chat_template_kwargs = arguments.chat_template_kwargs or as_mapping(key, recipe.get(key))
     before = recipe.get("model_name_or_path")
     if arguments.baseline is None and model is not None and before and Path(before).resolve() != Path(model).resolve():
         arguments.baseline = before

@@ -1,4 +1,4 @@
-"""`gd2po generate` and `gd2po chat`."""
+"""`gd2po generate`."""
 
 import argparse
 import json
@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import UsageError
 from ..terminal import set_up_logging
+from ..user_input import is_hub_id
 
 
 GENERATE = """
@@ -19,16 +20,11 @@ Completions of a trained policy: of one prompt, or of a file of them.
 A prompt goes through the chat template, if the model has one; --raw gives it to the model as it is. --model is a
 folder or Hub id of a model or of a PEFT adapter. Decoding is greedy unless --temperature is above 0.
 """
-CHAT = """
-A conversation with a trained policy. An empty line or Ctrl-D ends it.
-
-  gd2po chat --model outputs/my_run --system 'You are a pirate.'
-"""
 
 
 def main(argv: list[str]) -> int:
     """Run `gd2po generate`; the exit status."""
-    parser = _parser("generate", GENERATE)
+    parser = make_parser("generate", GENERATE)
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt, - for standard input; repeatable")
     parser.add_argument("--prompts", metavar="FILE", help="data with a `prompt` column: JSONL, JSON, CSV or parquet")
     parser.add_argument("--limit", type=int, metavar="N", help="first N prompts of the file (default: all)")
@@ -39,7 +35,7 @@ def main(argv: list[str]) -> int:
         "--output", type=Path, metavar="FILE", help="write lines of JSON with prompt and completion here"
     )
     arguments = parser.parse_args(argv)
-    _check(arguments)
+    check(arguments)
     for name in ("num_samples", "batch_size"):
         if getattr(arguments, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; it must be at least 1.")
@@ -58,12 +54,12 @@ def main(argv: list[str]) -> int:
     for number, prompt in enumerate(prompts, start=1):
         if isinstance(prompt, str) and not prompt.strip():
             raise UsageError(f"prompt {number} is empty.")
-    generator, options = _load(arguments)
+    generator, options = load_pipeline(arguments)
     inputs = [_as_input(generator, prompt, arguments) for prompt in prompts]
     options |= {"num_return_sequences": arguments.num_samples, "batch_size": arguments.batch_size}
     outputs = generator(inputs, return_full_text=False, **options)
     records = [
-        {"prompt": prompt, "completion": _text(completion["generated_text"])}
+        {"prompt": prompt, "completion": generated_text(completion["generated_text"])}
         for prompt, completions in zip(prompts, outputs, strict=True)
         for completion in completions
     ]
@@ -82,35 +78,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def chat(argv: list[str]) -> int:
-    """Run `gd2po chat`; the exit status."""
-    parser = _parser("chat", CHAT)
-    arguments = parser.parse_args(argv)
-    _check(arguments)
-    set_up_logging()
-    generator, options = _load(arguments)
-    if generator.tokenizer.chat_template is None:
-        raise UsageError(
-            f"The tokenizer of '{arguments.model}' has no chat template, so there is no conversation to have with it; "
-            "`gd2po generate` completes its prompts."
-        )
-    from transformers import TextStreamer
-
-    streamer = TextStreamer(generator.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    messages = [{"role": "system", "content": arguments.system}] if arguments.system else []
-    while True:
-        try:
-            text = input("> ")
-        except EOFError:
-            text = ""
-        if not text.strip():
-            return 0
-        messages.append({"role": "user", "content": text})
-        (output,) = generator(messages, streamer=streamer, return_full_text=False, **options)
-        messages.append({"role": "assistant", "content": _text(output["generated_text"])})
-
-
-def _parser(command: str, description: str) -> argparse.ArgumentParser:
+def make_parser(command: str, description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"gd2po {command}",
         description=description,
@@ -126,21 +94,21 @@ def _parser(command: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _check(arguments: argparse.Namespace) -> None:
+def check(arguments: argparse.Namespace) -> None:
     if arguments.max_new_tokens < 1:
         raise UsageError(f"--max-new-tokens is {arguments.max_new_tokens}; it must be at least 1.")
     if not 0 <= arguments.temperature < float("inf"):
         raise UsageError(f"--temperature is {arguments.temperature}; it must be 0 or more.")
 
 
-def _load(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+def load_pipeline(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """transformers' pipeline for the model, and the arguments of its calls."""
     from transformers import pipeline, set_seed
     from transformers.generation import GenerationConfig
 
     name = arguments.model
     folder = Path(name)
-    if not folder.is_dir() and (name.count("/") != 1 or name.startswith((".", "/", "~")) or folder.parent.is_dir()):
+    if not folder.is_dir() and not is_hub_id(name):
         raise UsageError(f"--model is '{name}', and there is no such folder.")
     if folder.is_dir() and not any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
         raise UsageError(
@@ -183,7 +151,7 @@ def _as_input(generator: Any, prompt: Any, arguments: argparse.Namespace) -> Any
     return messages
 
 
-def _text(generated: Any) -> str:
+def generated_text(generated: Any) -> str:
     return generated if isinstance(generated, str) else generated[-1]["content"]
 
 

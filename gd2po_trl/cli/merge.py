@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..errors import UsageError
 from ..terminal import set_up_logging
+from ..user_input import is_hub_id
 
 
 DESCRIPTION = """
@@ -32,9 +33,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     arguments = parser.parse_args(argv)
     set_up_logging()
-    output = arguments.output or Path(f"{Path(arguments.adapter).name or arguments.adapter}-merged")
-    if arguments.output is None and Path(arguments.adapter).is_dir():
-        output = Path(f"{Path(arguments.adapter)}-merged")
+    adapter = Path(arguments.adapter)
+    output = arguments.output or Path(f"{adapter if adapter.is_dir() else adapter.name}-merged")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UsageError(f"'{output}' exists; name another --output.")
     merge(arguments.adapter, output, base=arguments.base, dtype=arguments.dtype)
@@ -63,7 +63,7 @@ def merge(adapter: str, output: Path, *, base: str | None = None, dtype: str = "
     if folder.is_dir() and not (folder / "adapter_config.json").is_file():
         what = "a whole model, with nothing to merge" if (folder / "config.json").is_file() else "no adapter"
         raise UsageError(f"'{adapter}' holds {what}: there is no adapter_config.json in it.")
-    if not folder.is_dir() and (adapter.count("/") != 1 or folder.parent.is_dir()):
+    if not folder.is_dir() and not is_hub_id(adapter):
         raise UsageError(f"There is no folder '{adapter}'.")
     try:
         base = base or PeftConfig.from_pretrained(adapter).base_model_name_or_path

@@ -24,22 +24,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DatasetLoader:
-    """
-    An entry of the registry.
-
-    Args:
-        module (`str`): Module of the loader, imported at its first use: a task knows this package, not the reverse.
-        name (`str`): Name of the loader there, a function `load(path, split, **kwargs)`.
-        description (`str`): One line that says what it is.
-        columns (`tuple[str, ...]`): The columns a row certainly has; others of the source are kept beside them.
-        source (`str`, *optional*): Name of the [`~sources.Source`] there with a Hub id, read when no path is given.
-    """
+    """An entry of the registry. Its module is imported at first use: a task knows this package, not the reverse."""
 
     module: str
-    name: str
+    name: str  # of the loader there, a function `load(path, split, **kwargs)`
     description: str
-    columns: tuple[str, ...]
-    source: str | None = None
+    columns: tuple[str, ...]  # what a row certainly has; others of the source are kept beside them
+    source: str | None = None  # name of the `Source` there with a Hub id, read when no path is given
 
     @property
     def load(self) -> Callable[..., "Dataset"]:
@@ -118,14 +109,7 @@ ALIASES = {"rlla": "rlla_4k"}
 
 def check_dataset(name: str, kwargs: dict[str, Any] | None = None) -> DatasetLoader:
     """
-    Looks a loader up and checks the names of its keyword arguments, without reading anything.
-
-    Args:
-        name (`str`): Short name.
-        kwargs (`dict`, *optional*): Keyword arguments for [`load_dataset_by_name`] beyond `path` and `split`.
-
-    Returns:
-        [`DatasetLoader`]: The loader.
+    The loader called `name`, without reading anything.
 
     Raises:
         [`UsageError`]: Unknown name or keyword argument; the message lists the known ones.

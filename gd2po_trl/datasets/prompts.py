@@ -73,13 +73,8 @@ def render_conversations(
     **options: Any,
 ) -> list[str]:
     """
-    Conversations as the text that the tokenizer's chat template makes of them.
-
-    Args:
-        conversations (sequence of `list[dict]`): Lists of messages.
-        tokenizer (`PreTrainedTokenizerBase`): A tokenizer with a chat template.
-        rows (sequence of `int`, *optional*): Their rows in the data, for messages; from 0 on by default.
-        options: For `apply_chat_template`, such as `add_generation_prompt`, and the template's variables.
+    Conversations as the text that the tokenizer's chat template makes of them. `rows` are their rows in the data, for
+    messages; `options` go to `apply_chat_template`.
 
     Raises:
         [`UsageError`]: The template refuses a conversation; the message says which one, and what the template said.
@@ -125,11 +120,6 @@ def opened_thoughts(
 
     The chat templates of DeepSeek-R1's distilled models and of Qwen3.5 end a prompt with `<think>`, so that no
     completion can hold that tag; Qwen3's, told not to think, ends it with `<think>`, `</think>`.
-
-    Args:
-        prompts (sequence of `str` or `list[dict]`): Prompts, plain or conversational.
-        tokenizer (`PreTrainedTokenizerBase`): The policy's tokenizer or processor.
-        options: For `apply_chat_template`, such as the template's variables.
 
     Returns:
         `list[str]`: Per prompt `"<think>"`, `"<think></think>"`, or an empty text.
@@ -187,8 +177,7 @@ def count_prompt_tokens(
 ) -> list[int]:
     """
     Number of tokens that each prompt has when TRL gives it to the policy: through the chat template, with the
-    generation prompt and the template's variables `chat_template_kwargs`, where it is conversational. `first_row` is
-    the row of the first one, for messages.
+    generation prompt, where it is conversational. `first_row` is the row of the first one, for messages.
 
     Raises:
         [`UsageError`]: Conversational prompts for a tokenizer without a chat template, or one that refuses them.
@@ -209,14 +198,9 @@ def count_prompt_tokens(
     return [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
 
-def _all_token_counts(
-    dataset: "Dataset",
-    tokenizer: "PreTrainedTokenizerBase",
-    chat_template_kwargs: dict[str, Any] | None,
-    batch_size: int = 256,
-) -> list[int]:
+def _all_token_counts(dataset: "Dataset", tokenizer: Any, chat_template_kwargs: dict[str, Any] | None) -> list[int]:
     counts: list[int] = []
-    for batch in dataset.select_columns(["prompt"]).iter(batch_size):
+    for batch in dataset.select_columns(["prompt"]).iter(256):
         counts += count_prompt_tokens(batch["prompt"], tokenizer, chat_template_kwargs, first_row=len(counts))
     return counts
 
@@ -263,15 +247,11 @@ def truncate_prompts_left(
     Shortens prompts from the left until they have at most `max_prompt_tokens` tokens.
 
     Of a conversation, whole turns go first, from the oldest on; the system message stays, and so does the last user
-    message, which loses the beginning of its text only when nothing else is left to drop. So the prompt stays a
-    well-formed conversation, where cutting its tokens would cut into the template. A new column `full_prompt` keeps
-    the prompt as it was, for rewards that judge the completion in its full context.
+    message, which loses the beginning of its text only when nothing else is left to drop. A new column `full_prompt`
+    keeps the prompt as it was, for rewards that judge the completion in its full context.
 
     Args:
-        dataset (`Dataset`): Rows with a `prompt` column, plain or conversational.
-        tokenizer (`PreTrainedTokenizerBase`): The policy's tokenizer.
-        max_prompt_tokens (`int`): Largest number of tokens, chat template and generation prompt included.
-        chat_template_kwargs (`dict[str, Any]`, *optional*): Variables of the chat template, as the trainer sets them.
+        dataset, tokenizer, max_prompt_tokens, chat_template_kwargs: As of [`drop_long_prompts`].
 
     Returns:
         `tuple[Dataset, int]`: All rows, with `full_prompt`, and how many prompts were shortened.

@@ -1,5 +1,6 @@
 """Reading rows from a local file, a folder or the Hub, with errors that name the source, the row and the remedy."""
 
+import json
 import logging
 import re
 from collections import Counter
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
-from .layouts import broken_json, files_below, files_of_split, load_saved
+from ..user_input import is_hub_id
 
 
 if TYPE_CHECKING:
@@ -19,34 +20,28 @@ logger = logging.getLogger(__name__)
 
 BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
 COMPRESSIONS = {".gz", ".bz2", ".xz", ".zst"}
-SPLIT_WORDS = {"train", "test", "validation", "valid", "val", "dev", "eval"}
+# What a file or folder is called for a split.
+SPLIT_NAMES = {
+    "train": {"train", "training"},
+    "test": {"test", "testing"},
+    "validation": {"validation", "valid", "val", "dev", "eval"},
+}
+ALL_SPLIT_NAMES = set().union(*SPLIT_NAMES.values())
 # What the loaders read as text. In a CSV file these columns are text even where every cell reads as a number.
 TEXT_COLUMNS = {"prompt", "answer", "completion", "instruction", "input", "output"}
 TEXT_COLUMNS |= {"chosen", "rejected", "response_0", "response_1"}
 # Up to 15 digits, which a float holds exactly. `007` and `+5` are no numbers: they could not be written back.
 NUMBER_OR_BOOLEAN = r"(-?(0|[1-9]\d{0,14})(\.\d+)?([eE][-+]?\d+)?|True|TRUE|true|False|FALSE|false)?"
-# A namespace is required: a bare word in a recipe is far more often a folder that is missing than a Hub id.
-HUB_ID = re.compile(r"\w[\w-]*(\.[\w-]+)*/\w[\w.-]*")
 
 
 @dataclass(frozen=True)
 class Source:
-    """
-    Where a data set is read from.
-
-    Args:
-        name (`str`): Short name of the data set, for messages.
-        default_path (`str`, *optional*): Hub id used when the caller gives no path.
-        default_split (`str`, *optional*, defaults to `"train"`): Split used when the caller names none.
-        file_hints (`tuple[str, ...]`, *optional*): What the name of a file holding this data set contains. Needed only
-            for a folder in which several data sets lie side by side.
-        remedy (`str`, *optional*): Where to get the data, for sets without a Hub id.
-    """
+    """Where a data set is read from."""
 
     name: str
-    default_path: str | None = None
+    default_path: str | None = None  # Hub id used when the caller gives no path
     default_split: str = "train"
-    file_hints: tuple[str, ...] = ()
+    file_hints: tuple[str, ...] = ()  # in the names of its files, where several data sets lie side by side
     remedy: str = "give `dataset_path`"
 
 
@@ -88,17 +83,6 @@ def stem_of(path: Path) -> str:
     return re.sub(r"[^a-z0-9]+", "_", name).strip("_")
 
 
-def is_hub_id(path: str) -> bool:
-    """
-    Whether a path that does not exist can be a Hub id `owner/name`.
-
-    It is not one when it ends like a data file, or when its first part is a folder here: then it is a mistyped path.
-    """
-    if not HUB_ID.fullmatch(path) or data_suffix(Path(path)) or Path(path.split("/")[0]).is_dir():
-        return False
-    return True
-
-
 def find_local_files(folder: Path, split: str, source: Source, dimension: str | None = None) -> list[Path]:
     """
     The files of a folder that hold one split of one data set.
@@ -119,7 +103,7 @@ def find_local_files(folder: Path, split: str, source: Source, dimension: str | 
         return any(hint in stem_of(path) for hint in source.file_hints)
 
     def without_split(path: Path) -> bool:
-        return not SPLIT_WORDS & set(stem_of(path).split("_"))
+        return not ALL_SPLIT_NAMES & set(stem_of(path).split("_"))
 
     choices = [
         [path for path in candidates if named(path) and f"_{split_key}_" in f"_{stem_of(path)}_"],
@@ -130,10 +114,8 @@ def find_local_files(folder: Path, split: str, source: Source, dimension: str | 
         choices.append([path for path in candidates if len(files) == 1 and without_split(path)])
     found = next((choice for choice in choices if choice), [])
     if not found and dimension is None:
-        everywhere = files_below(folder, BUILDERS)
-        if source.file_hints:  # never the files of another set
-            everywhere = [path for path in everywhere if _is_of(source, folder, path)]
-        found = files_of_split(folder, everywhere, split, is_default=split == source.default_split)
+        everywhere = _files_below(folder, source.file_hints)
+        found = _files_of_split(folder, everywhere, split, is_default=split == source.default_split)
         if found and len({data_suffix(path) for path in found}) == 1:
             return found
         files = files or everywhere
@@ -149,28 +131,65 @@ def find_local_files(folder: Path, split: str, source: Source, dimension: str | 
     return found
 
 
-def _is_of(source: Source, folder: Path, path: Path) -> bool:
-    """Whether a file's name, or that of a folder between it and `folder`, carries the name of the data set."""
-    words = re.sub(r"[^a-z0-9]+", "_", path.relative_to(folder).as_posix().lower())
-    return any(hint in words for hint in source.file_hints)
+def _files_below(folder: Path, hints: Sequence[str]) -> list[Path]:
+    """Data files at any depth, outside hidden folders such as a cache, with one of `hints` in their path."""
+    found = []
+    for path in sorted(path for path in folder.rglob("*") if data_suffix(path) and path.is_file()):
+        inside = path.relative_to(folder)
+        words = re.sub(r"[^a-z0-9]+", "_", inside.as_posix().lower())
+        is_named = not hints or any(hint in words for hint in hints)
+        if is_named and not any(part.startswith((".", "_")) for part in inside.parts):
+            found.append(path)
+    return found
+
+
+def _files_of_split(folder: Path, files: Sequence[Path], split: str, is_default: bool) -> list[Path]:
+    """
+    The files that hold a split, by a word of their own name or of a folder above them, such as
+    `default/train/0000.parquet`; for the default split, also files without any such word: shards, or folders by year.
+    Empty if none fits, or if files of different names could each be what is meant.
+    """
+    names = next((names for names in SPLIT_NAMES.values() if split in names), {split})
+    found = [path for path in files if names & _words(folder, path)]
+    if not found and is_default:
+        found = [path for path in files if not ALL_SPLIT_NAMES & _words(folder, path)]
+        # Shards differ by a number alone; files of other names may hold other things.
+        if len({re.sub(r"\d+", "", path.stem) for path in found}) > 1:
+            return []
+    return found
+
+
+def _words(folder: Path, path: Path) -> set[str]:
+    return set(re.split(r"[^a-z]+", path.relative_to(folder).as_posix().lower()))
+
+
+def _load_saved(folder: Path, split: str, name: str) -> "Dataset | None":
+    """The split of a data set that `save_to_disk` wrote to `folder`; `None` if it did not."""
+    if not (folder / "dataset_dict.json").is_file() and not (folder / "state.json").is_file():
+        return None
+    from datasets import DatasetDict, load_from_disk
+
+    try:
+        saved = load_from_disk(str(folder))
+    except Exception as error:  # whatever `datasets` or pyarrow raise
+        raise UsageError(f"{name}: the saved data set {folder} cannot be read: {error}") from error
+    if isinstance(saved, DatasetDict):
+        if split not in saved:
+            raise UsageError(
+                f"{name}: the saved data set {folder} has no split {split!r} (it has: {', '.join(saved)})"
+            )
+        saved = saved[split]
+    return saved
 
 
 def load_rows(
     source: Source, path: str | None, split: str | None, *, dimension: str | None = None, hub_dir: str | None = None
 ) -> tuple["Dataset", str]:
     """
-    Loads rows as they are, through `datasets.load_dataset`.
+    Rows as they are, through `datasets.load_dataset`, and where they came from, for messages.
 
-    Args:
-        source ([`Source`]): What is being loaded.
-        path (`str`, *optional*): Data file, folder with data files, or Hub id; `None` for the source's Hub id.
-        split (`str`, *optional*): Split; `None` for the source's default. A single local file is read whole, whatever
-            the split; a slice such as `"train[:100]"` works everywhere.
-        dimension (`str`, *optional*): A word that the file's name in a folder has to contain.
-        hub_dir (`str`, *optional*): Folder of the Hub repository to read, `data_dir` of `load_dataset`.
-
-    Returns:
-        `tuple[Dataset, str]`: The rows, and where they came from, for messages.
+    A single local file is read whole, whatever the split; a slice such as `"train[:100]"` works everywhere. A file in
+    a folder must have the word `dimension` in its name; `hub_dir` is the folder of a Hub repository to read.
 
     Raises:
         [`UsageError`]: Nothing there, no such split, an unreadable file, or no rows.
@@ -180,7 +199,7 @@ def load_rows(
     if path is None:
         raise UsageError(f"{source.name}: no path given and no Hub id known; {source.remedy}")
     local = Path(path).expanduser()
-    if local.is_dir() and (saved := load_saved(local, split.split("[")[0], source.name)) is not None:
+    if local.is_dir() and (saved := _load_saved(local, split.split("[")[0], source.name)) is not None:
         if len(saved) == 0:
             raise UsageError(f"{source.name}: {path} holds no rows")
         return saved, str(path)
@@ -224,13 +243,59 @@ def load_rows(
         cause = error.__cause__ or error
         if isinstance(cause, UnicodeDecodeError):
             hint = "cannot be read; save it as UTF-8"
-        elif builder == "json" and (broken := broken_json(files)) is not None:
+        elif builder == "json" and (broken := _broken_json(files)) is not None:
             raise UsageError(f"{source.name}: {origin} cannot be read: {broken}") from error
         lines = str(cause).strip().splitlines()
         raise UsageError(f"{source.name}: {origin} {hint}: {lines[0] if lines else type(error).__name__}") from error
     if len(dataset) == 0:
         raise UsageError(f"{source.name}: {origin} holds no rows")
     return dataset, origin
+
+
+def _broken_json(files: Iterable[Path]) -> str | None:
+    """
+    Where and why the first file that is no JSON, or no JSON lines, is broken, in one line; `None` if that is not it.
+
+    Files are read as JSON lines where their name says so or their first line is a whole value.
+    """
+    for file in files:
+        if file.suffix not in (".json", ".jsonl"):  # compressed
+            continue
+        text = file.read_bytes().decode("utf-8-sig", errors="replace")
+        if file.suffix == ".json" or text.lstrip().startswith("["):
+            problem = _problem(text)
+            if problem is None or (file.suffix == ".json" and _problem(text.lstrip().partition("\n")[0]) is not None):
+                if problem is not None:
+                    return f"line {problem[0]}: {problem[1]}"
+                continue
+        for number, line in enumerate(text.split("\n"), start=1):
+            if not line.strip():
+                continue
+            problem = _problem(line)
+            if problem is not None:
+                return f"line {number}: {problem[1]}: {line.strip()[:80]}"
+            if not isinstance(json.loads(line), dict):
+                return f"line {number}: no object, but {line.strip()[:80]}"
+    return None
+
+
+def _problem(text: str) -> tuple[int, str] | None:
+    """Line and reason of the first mistake in a JSON text."""
+    keys: list[str] = []
+
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        seen = dict(pairs)
+        if len(seen) < len(pairs):
+            keys.extend(key for key in seen if sum(key == other for other, _ in pairs) > 1)
+        return seen
+
+    try:
+        json.loads(text, object_pairs_hook=unique)
+    except json.JSONDecodeError as error:
+        return error.lineno, f"{error.msg} at character {error.colno}"
+    except RecursionError:
+        return 1, "nested too deeply"
+    return (1, f"the key {keys[0]!r} occurs twice") if keys else None
 
 
 def _csv_options(files: Sequence[Path]) -> dict[str, Any]:
@@ -261,12 +326,7 @@ def _without_timestamps(feature: Any) -> Any:
 
 
 def require_columns(dataset: "Dataset", columns: Iterable[str], name: str, origin: str, remedy: str) -> None:
-    """
-    Checks that columns exist.
-
-    Raises:
-        [`UsageError`]: A column is missing; the message lists the columns that are there.
-    """
+    """Raises [`UsageError`], which lists the columns that are there, if one of `columns` is missing."""
     missing = [column for column in columns if column not in dataset.column_names]
     if missing:
         raise UsageError(
@@ -322,26 +382,13 @@ def convert_rows(
     dataset: "Dataset",
     convert: Callable[[dict[str, Any]], dict[str, Any]],
     features: dict[str, Any],
-    *,
+    report: DatasetReport,
     inputs: Iterable[str],
-    name: str,
-    origin: str,
     remove: Iterable[str] = (),
 ) -> "Dataset":
     """
-    Computes new columns from each row.
-
-    Args:
-        dataset (`Dataset`): The rows.
-        convert (`Callable`): Row to new columns; a `UsageError` it raises is completed with the row and the file.
-        features (`dict`): Types of the new columns. A column of the same name is replaced.
-        inputs (`Iterable[str]`): The columns that `convert` reads; those the data set lacks are absent from the row.
-        name (`str`): Short name of the data set, for messages.
-        origin (`str`): Where the rows came from, for messages.
-        remove (`Iterable[str]`, *optional*): Columns to leave out of the result.
-
-    Returns:
-        `Dataset`: The new columns, in memory, then all others, where they were.
+    The columns that `convert` makes of those of a row that it reads (`inputs`, as far as they are there), in memory,
+    then all others but those to `remove`. A `UsageError` of `convert` is completed with the row and the origin.
     """
     from datasets import Dataset, Features, concatenate_datasets
 
@@ -351,7 +398,7 @@ def convert_rows(
         try:
             values = convert(row)
         except UsageError as error:
-            raise UsageError(f"{name}: row {index} of {origin}: {error}") from None
+            raise UsageError(f"{report.name}: row {index} of {report.origin}: {error}") from None
         for column, cells in columns.items():
             cells.append(values[column])
     converted = Dataset.from_dict(columns, features=Features(features))
@@ -369,9 +416,7 @@ def drop_rows(
 ) -> "Dataset":
     """
     Leaves out rows with an empty prompt and, if asked, all but the first of rows that agree in `key_columns`, or with
-    `drop_duplicates="all"` the first as well.
-
-    Counts them in `report`, logs it and stores it as the data set's description.
+    `drop_duplicates="all"` the first as well; counts them in `report`, and see [`finish`].
 
     Raises:
         [`UsageError`]: No row is left, or `drop_duplicates` is something else.

@@ -16,12 +16,7 @@ Prompt = list[dict[str, str]] | str
 
 
 def load_decoder(settings: GenerationSettings) -> "Decoder":
-    """
-    The backend that `settings` ask for, with its tokenizer. Use it as a context manager, which frees the memory.
-
-    Raises:
-        [`UsageError`]: if vLLM is asked for and absent, or the tokenizer or config cannot be loaded.
-    """
+    """The backend that `settings` ask for, with its tokenizer: a context manager, which frees the memory."""
     return (VLLMDecoder if settings.backend == "vllm" else TransformersDecoder)(settings)
 
 

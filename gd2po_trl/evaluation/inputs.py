@@ -7,7 +7,7 @@ import yaml
 
 from ..datasets.sources import data_suffix
 from ..errors import UsageError
-from .settings import mapping
+from ..user_input import as_mapping
 
 
 Options = dict[str, dict[str, Any]]
@@ -65,9 +65,9 @@ def _labelled(word: str, option: str, key: str) -> tuple[str, dict[str, Any]]:
 
 def rewards_of(recipe: dict[str, Any]) -> Options:
     """The rewards of a recipe by label; none where it names none."""
-    labels, kwargs = recipe.get("reward_funcs") or [], mapping("reward_kwargs", recipe.get("reward_kwargs"))
+    labels, kwargs = recipe.get("reward_funcs") or [], as_mapping("reward_kwargs", recipe.get("reward_kwargs"))
     labels = [labels] if isinstance(labels, str) else labels
-    return {label: mapping(f"reward_kwargs.{label}", kwargs.get(label)) for label in labels}
+    return {label: as_mapping(f"reward_kwargs.{label}", kwargs.get(label)) for label in labels}
 
 
 def data_of(recipe: dict[str, Any]) -> Options:
@@ -85,4 +85,4 @@ def data_of(recipe: dict[str, Any]) -> Options:
         return {label: {"name": label, "split": split, **options} for label, options in recipe[key].items()}
     options = {"name": recipe.get(key) or "prompts", "path": recipe.get(f"{key}_path"), "split": split}
     label = "held out" if key == "eval_dataset" else "training data"
-    return {label: {**options, **mapping(f"{key}_kwargs", recipe.get(f"{key}_kwargs"))}}
+    return {label: {**options, **as_mapping(f"{key}_kwargs", recipe.get(f"{key}_kwargs"))}}

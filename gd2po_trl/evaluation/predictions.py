@@ -42,28 +42,22 @@ class EvalRow:
 
 def parse_predictions(content: bytes, source: str) -> dict[str, dict[str, Any]]:
     """
-    Reads predictions by row id.
-
-    Args:
-        content (`bytes`):
-            Lines of JSON objects with at least the strings `id` and `completion`; or one JSON object that maps ids to
-            objects with `raw_output`, which is what the published API-Bank script writes.
-        source (`str`): Name for error messages.
+    Predictions by row id, from lines of JSON objects with at least the strings `id` and `completion`, or from one JSON
+    object that maps ids to objects with `raw_output`, as the published API-Bank script writes it.
 
     Raises:
-        [`UsageError`]: if a line is something else, or an id occurs twice. It names the line.
+        [`UsageError`]: if a line is something else, or an id occurs twice. It names the line of `source`.
     """
     predictions: dict[str, dict[str, Any]] = {}
     # Not splitlines(), which also cuts at separators such as U+2028 that JSON allows inside a string.
     for number, line in enumerate(content.split(b"\n"), start=1):
         if not line.strip():
             continue
+        record: Any
         try:
-            record = json.loads(line)
+            record, broken = json.loads(line), None
         except (ValueError, RecursionError) as error:
-            if number == 1 and (published := _parse_published(content)):
-                return published
-            raise UsageError(f"{source}, line {number}: not a JSON object ({error}).") from None
+            record, broken = {}, error
         if (
             number == 1
             and isinstance(record, dict)
@@ -71,6 +65,8 @@ def parse_predictions(content: bytes, source: str) -> dict[str, dict[str, Any]]:
             and (published := _parse_published(content))
         ):
             return published
+        if broken is not None:
+            raise UsageError(f"{source}, line {number}: not a JSON object ({broken}).") from None
         if not isinstance(record, dict) or not all(isinstance(record.get(key), str) for key in ("id", "completion")):
             raise UsageError(f"{source}, line {number}: each line needs the strings 'id' and 'completion'.")
         if record["id"] in predictions:
@@ -84,9 +80,8 @@ def _parse_published(content: bytes) -> dict[str, dict[str, Any]] | None:
         records = json.loads(content)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(records, dict) or not all(isinstance(value, dict) for value in records.values()):
-        return None
-    if not all(isinstance(value.get("raw_output"), str) for value in records.values()):
+    values = records.values() if isinstance(records, dict) else [None]
+    if not all(isinstance(value, dict) and isinstance(value.get("raw_output"), str) for value in values):
         return None
     return {key: {"id": key, "completion": value["raw_output"]} for key, value in records.items()}
 
@@ -140,19 +135,15 @@ def is_predictions(path: str) -> bool:
 
 class PredictionLog:
     """
-    The append-only file of predictions in a run's folder; a context manager that locks the folder.
+    The append-only file of predictions for `rows` in a run's folder; a context manager that locks the folder. Lines
+    for other rows stay untouched.
 
     Whole batches are appended in one write and synced, so a kill loses at most the batch in flight. A line that a kill
     cut short is dropped on the next opening.
 
-    Args:
-        folder (`Path`): The run's folder, made if absent.
-        identity (`dict[str, Any]`): What completions depend on; see [`GenerationSettings.identity`].
-        rows (`Sequence[EvalRow]`): The rows that are asked for now. Lines for other rows stay untouched.
-
     Raises:
-        [`UsageError`]: on entering, if the folder belongs to a run with another identity (the error names what
-            differs), is in use by another process, or holds a damaged file.
+        [`UsageError`]: on entering, if the folder belongs to a run with another identity (see
+            [`GenerationSettings.identity`]), is in use by another process, or holds a damaged file.
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any], rows: Sequence[EvalRow]):
@@ -247,13 +238,9 @@ class PredictionLog:
             )
 
     def _repair(self) -> None:
-        if not self.path.exists():
-            return
-        with open(self.path, "r+b") as file:
-            content = file.read()
-            whole = content.rfind(b"\n") + 1
-            if whole < len(content):
-                file.truncate(whole)
+        if self.path.exists():
+            with open(self.path, "r+b") as file:
+                file.truncate(file.read().rfind(b"\n") + 1)
                 os.fsync(file.fileno())
 
 

@@ -13,26 +13,22 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
 from ..preflight import UNPASSED_COLUMNS, check_data
+from ..reporting import print_table
+from ..terminal import number
 from .intervals import mean_and_interval, win_rate
 from .predictions import EvalRow
 from .scoring import SUM
 
 
 if TYPE_CHECKING:
-    from transformers import TrainerState
+    pass
 
 Scores = dict[str, dict[str, float | None]]
 
 
 @dataclass(frozen=True)
 class RewardRow(EvalRow):
-    """
-    One prompt with the columns of its row.
-
-    Args:
-        dataset (`str`): Label of the data set.
-        columns (`dict[str, Any]`): The other columns, which reward functions may read.
-    """
+    """One prompt of the data set labelled `dataset`, with the columns of its row, which reward functions may read."""
 
     dataset: str
     columns: dict[str, Any] = field(default_factory=dict)
@@ -86,11 +82,12 @@ def reward_arguments(model: str | None) -> dict[str, Any]:
     """What TRL passes to reward functions beside data: the state of the training in folder `model`, and two sinks."""
     from transformers import TrainerState
 
-    return {
-        "trainer_state": _trainer_state(model) or TrainerState(),
-        "log_extra": lambda column, values: None,
-        "log_metric": lambda name, value: None,
-    }
+    try:
+        state = TrainerState.load_from_json(str(Path(model or "") / "trainer_state.json"))
+    except (OSError, ValueError, TypeError):
+        state = TrainerState()
+    ignored = {"log_extra": lambda column, values: None, "log_metric": lambda name, value: None}
+    return {"trainer_state": state, **ignored}
 
 
 def add_completion_ids(sets: Iterable[dict[str, dict[str, Any]]], model: str) -> None:
@@ -106,16 +103,6 @@ def add_completion_ids(sets: Iterable[dict[str, dict[str, Any]]], model: str) ->
             ids = tokenizer(record["completion"], add_special_tokens=False)["input_ids"]
             ended = record.get("finish_reason") == "stop" and tokenizer.eos_token_id is not None
             record["completion_ids"] = [*ids, *([tokenizer.eos_token_id] if ended else [])]
-
-
-def _trainer_state(model: str | None) -> "TrainerState | None":
-    from transformers import TrainerState
-
-    path = Path(model or "") / "trainer_state.json"
-    try:
-        return TrainerState.load_from_json(str(path)) if model and path.is_file() else None
-    except (OSError, ValueError, TypeError):
-        return None
 
 
 def summarize(
@@ -181,38 +168,31 @@ def _score(score: dict[str, float | None], label: str, weights: dict[str, float]
 
 def print_results(results: dict[str, Any]) -> None:
     """Prints a table per data set: before, after, the difference with its interval, and how often the model wins."""
-    from ..reporting import make_table
-    from ..terminal import make_console, number
-
-    console = make_console()
     for name, entry in results["datasets"].items():
         figures = entry["rewards"]
         compared = any("difference" in figure for figure in figures.values())
         lines = []
         for label, figure in figures.items():
-            if figure["mean"] is None:
-                lines.append([label, *["–"] * (5 if compared else 2)])
-            elif compared:
-                wins = figure["win_rate"]
-                lines.append(
-                    [
-                        label,
-                        "–" if figure["before_mean"] is None else number(figure["before_mean"]),
-                        number(figure["mean"]),
-                        "–" if figure["difference"] is None else number(figure["difference"], "+"),
-                        _interval(figure["difference_interval"], "+"),
-                        "–" if wins["rate"] is None else f"{100 * wins['rate']:.0f} ({_percent(wins['interval'])})",
-                    ]
-                )
-            else:
-                lines.append([label, number(figure["mean"]), _interval(figure["interval"], "-")])
+            if not compared:
+                lines.append([label, _numbers([figure["mean"]]), _numbers(figure["interval"])])
+                continue
+            wins = figure["win_rate"]
+            lines.append(
+                [
+                    label,
+                    _numbers([figure["before_mean"]]),
+                    _numbers([figure["mean"]]),
+                    _numbers([figure["difference"]], "+"),
+                    _numbers(figure["difference_interval"], "+"),
+                    "–" if wins["rate"] is None else f"{100 * wins['rate']:.0f} ({_percent(wins['interval'])})",
+                ]
+            )
         columns = ["reward", "before", "after", "change", "95 % interval", "better in % of prompts"]
         columns = columns if compared else ["reward", "mean", "95 % interval"]
-        console.print()
         caption = "Better: a tie counts half, with its 95 % interval." if compared else ""
-        console.print(make_table(f"{name}: {entry['rows']:,} prompts", columns, lines, caption))
-        for note in _notes(entry):
-            console.print(note)
+        print()
+        print_table(f"{name}: {entry['rows']:,} prompts", columns, lines, caption)
+        print(*_notes(entry), sep="\n", end="\n" * bool(_notes(entry)))
 
 
 def _notes(entry: dict[str, Any]) -> list[str]:
@@ -227,10 +207,8 @@ def _notes(entry: dict[str, Any]) -> list[str]:
     return notes
 
 
-def _interval(interval: list[float] | None, sign: str) -> str:
-    from ..terminal import number
-
-    return "–" if interval is None else " to ".join(number(bound, sign) for bound in interval)
+def _numbers(values: Sequence[float | None] | None, sign: str = "-") -> str:
+    return " to ".join(number(value, sign) for value in values or () if value is not None) or "–"
 
 
 def _percent(interval: list[float]) -> str:

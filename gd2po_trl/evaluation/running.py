@@ -62,17 +62,11 @@ def generate_predictions(
                         continue
                     # The whole batch even if a kill let part of it through: its composition is part of the numerics.
                     outputs = dict(zip(batch, decoder.complete([prompts[index] for index in batch]), strict=True))
-                    log.append(
-                        [
-                            {
-                                "id": ids[index],
-                                **outputs[index],
-                                **({"prefill": decoder.prefills[index]} if decoder.prefills[index] else {}),
-                                "prompt_sha256": rows[index].prompt_sha256,
-                            }
-                            for index in todo
-                        ]
-                    )
+                    for index in todo:
+                        if decoder.prefills[index]:
+                            outputs[index]["prefill"] = decoder.prefills[index]
+                        outputs[index]["prompt_sha256"] = rows[index].prompt_sha256
+                    log.append([{"id": ids[index], **outputs[index]} for index in todo])
                     bar.update(len(todo))
         log.finish()
         return {key: log.done[key] for key in ids}
@@ -90,12 +84,7 @@ def versions() -> dict[str, str]:
 
 
 def write_results(folder: str | os.PathLike, results: dict[str, Any], scores: Iterable[dict[str, Any]]) -> Path:
-    """
-    Writes `results.json` (with [`versions`] added) and `scores.jsonl` (one line per row) into `folder`.
-
-    Returns:
-        `Path`: The file with the results.
-    """
+    """Writes `results.json`, with [`versions`], whose path it returns, and `scores.jsonl` (one line per row)."""
     folder = Path(folder)
     write_atomically(folder / SCORES_FILE, "".join(json.dumps(score) + "\n" for score in scores))
     path = folder / RESULTS_FILE

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from ..field_help import help_from_docstring
 
 
 # What a Hugging Face model folder keeps its weights, tokenizer and chat template in; optimizer states are `.pt`.
@@ -16,28 +17,39 @@ _MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.model", "merge
 _NOT_OF_THE_MODEL = ("run.json", "results.json", "trainer_state.json", "training_args.bin")
 
 
+BACKENDS = ("transformers", "vllm")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@help_from_docstring
 @dataclass(frozen=True)
 class GenerationSettings:
     """
     How completions are made. Decoding is always greedy, without the penalties of the model's own generation config.
 
     Args:
-        model (`str`): Folder or Hub id of a causal language model, or the folder of a PEFT adapter.
-        adapter (`str`, *optional*): Folder or Hub id of a PEFT adapter on top of `model`.
-        backend (`str`, defaults to `"transformers"`): `"transformers"` or `"vllm"`.
-        max_new_tokens (`int`, defaults to `4096`): Tokens per completion, fewer where the context window ends before.
-        max_prompt_tokens (`int`, *optional*): Longer prompts are shortened from the left. Whole prompts by default.
+        model (`str`):
+            Folder or Hub id of a causal language model, or the folder of a PEFT adapter.
+        adapter (`str`, *optional*):
+            Folder or Hub id of a PEFT adapter on top of the model.
+        backend (`str`, defaults to `"transformers"`):
+            What generates: `"transformers"` or `"vllm"`.
+        max_new_tokens (`int`, defaults to `4096`):
+            Tokens per completion, fewer where the context window ends before.
+        max_prompt_tokens (`int`, *optional*):
+            Longer prompts are shortened from the left. Whole prompts by default.
         batch_size (`int`, *optional*):
             Prompts per batch, and so the most that a kill can lose. 8 by default, 256 with vLLM.
-        dtype (`str`, defaults to `"auto"`): `"auto"` (as saved), `"float32"`, `"bfloat16"` or `"float16"`.
+        dtype (`str`, defaults to `"auto"`):
+            Of the weights; `"auto"` is as saved.
         chat_template_kwargs (`dict[str, Any]`, *optional*):
-            Variables of the chat template. Give those that the model was trained with.
+            Variables of the chat template, as the model was trained with: `{"date_string": "26 Jul 2024"}`.
         max_model_len (`int`, *optional*):
             Context window in tokens, prompt and completion together. The model's own by default.
         tensor_parallel_size (`int`, *optional*):
             GPUs that vLLM splits the model over. 1 by default.
         gpu_memory_utilization (`float`, *optional*):
-            Share of each GPU's memory that vLLM takes. vLLM's own default if `None`.
+            Share of each GPU's memory that vLLM takes. vLLM's own by default.
     """
 
     model: str
@@ -53,10 +65,9 @@ class GenerationSettings:
     gpu_memory_utilization: float | None = None
 
     def __post_init__(self):
-        if self.backend not in ("transformers", "vllm"):
-            raise UsageError(f"backend is {self.backend!r}; it must be 'transformers' or 'vllm'.")
-        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
-            raise UsageError(f"dtype is {self.dtype!r}; it must be 'auto', 'float32', 'bfloat16' or 'float16'.")
+        for name, allowed in (("backend", BACKENDS), ("dtype", DTYPES)):
+            if getattr(self, name) not in allowed:
+                raise UsageError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}.")
         for name in ("max_new_tokens", "max_prompt_tokens", "batch_size", "max_model_len", "tensor_parallel_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -70,10 +81,9 @@ class GenerationSettings:
         config = Path(self.model) / "adapter_config.json"
         if self.adapter is None and config.is_file():
             try:
-                content = json.loads(config.read_text())
-            except ValueError:
-                content = None
-            base = content.get("base_model_name_or_path") if isinstance(content, dict) else None
+                base = json.loads(config.read_text())["base_model_name_or_path"]
+            except (ValueError, KeyError, TypeError):
+                base = None
             if not isinstance(base, str) or not base:
                 raise UsageError(
                     f"{config} names no base model; give the base as --model and {self.model} as --adapter."
@@ -104,12 +114,7 @@ class GenerationSettings:
 
 
 def check_model_exists(settings: GenerationSettings) -> None:
-    """
-    Finds out whether there is a model, without reading its weights.
-
-    Raises:
-        [`UsageError`]: if there is none.
-    """
+    """Raises [`UsageError`] if there is no such model, without reading its weights."""
     if Path(settings.model).is_dir():
         _check_model_folder(settings.model, "config.json")
     else:
@@ -150,14 +155,3 @@ def fingerprint_model(name: str, config_file: str) -> str:
         reason = str(error).strip().split("\n")[0]
         raise UsageError(f"No model {name!r}: neither a folder nor readable on the Hub ({reason})") from error
     return f"{name}@{extract_commit_hash(config, None)}"
-
-
-def mapping(name: str, value: Any) -> dict[str, Any]:
-    """The mapping `value`, or the JSON text of one; empty for `None`. `name` is for messages."""
-    try:
-        value = json.loads(value) if isinstance(value, str) else value
-    except ValueError as error:
-        raise UsageError(f"{name} is not valid JSON: {error}.") from None
-    if not isinstance(value, (dict, type(None))):
-        raise UsageError(f"{name} is {value!r}; it must be a mapping.")
-    return value or {}

@@ -5,7 +5,8 @@ from typing import Any
 
 from ..errors import UsageError
 from ..field_help import help_from_docstring
-from .values import NULL_WORDS, as_mapping
+from ..user_input import as_mapping
+from .values import NULL_WORDS
 
 
 @help_from_docstring

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from ..errors import UsageError
-from .values import as_mapping
+from ..user_input import as_mapping
 
 
 # Numbers in YAML 1.2 that PyYAML, which follows YAML 1.1, reads as text: 1e-7, 2E3, 1.5e3.

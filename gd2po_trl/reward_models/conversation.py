@@ -25,17 +25,9 @@ def resolve_template(
     template: str | None, tokenizer: "PreTrainedTokenizerBase | None", model: str, default: str = "chat"
 ) -> str:
     """
-    Checks a template's name or text.
-
-    Args:
-        template (`str`, *optional*):
-            `"chat"` for the tokenizer's chat template; `"beaver"` for
-            `BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:{response}` and the end-of-sequence token, with
-            earlier turns as safe-rlhf's `format_prompt` writes them; any other text must contain `{prompt}` and
-            `{response}`. `None` takes `default`.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): The reward model's.
-        model (`str`): The model, for messages.
-        default (`str`, defaults to `"chat"`): What `None` stands for.
+    The template of a reward model, or else `default`: `"chat"` for its tokenizer's chat template; `"beaver"` for
+    `BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:{response}` and the end-of-sequence token, with earlier turns
+    as safe-rlhf's `format_prompt` writes them; any other text must contain `{prompt}` and `{response}`.
 
     Raises:
         [`UsageError`]: for a template that cannot work.
@@ -119,19 +111,13 @@ class ConversationEncoder:
     turn and write the user's next one.
 
     Args:
-        tokenizer (`PreTrainedTokenizerBase`):
-            The reward model's tokenizer.
-        template (`str`):
-            From [`resolve_template`].
-        max_length (`int`):
-            Longest conversation in tokens.
-        truncation_side (`str`):
-            Which end of a longer conversation is cut off: `"left"` drops the oldest tokens after the
-            beginning-of-sequence token and keeps the end, where the score is read; `"right"` drops the end of the
-            response.
-        skipped_end (`int`, *optional*):
-            Token id that the model takes for padding where it ends a conversation: the last other token is the one
-            that it scores. Such ends are left out, so that a server which scores the last token agrees.
+        tokenizer (`PreTrainedTokenizerBase`): The reward model's tokenizer.
+        template (`str`): From [`resolve_template`].
+        max_length (`int`): Longest conversation in tokens.
+        truncation_side (`str`): Which end of a longer conversation is cut off: `"left"` drops the oldest tokens after
+            the beginning-of-sequence token and keeps the end, where the score is read.
+        skipped_end (`int`, *optional*): Token id that the model takes for padding where it ends a conversation: it
+            scores the last other token. Such ends are left out, so that a server which scores the last token agrees.
     """
 
     def __init__(
@@ -211,16 +197,14 @@ class ConversationEncoder:
         return ids[:end]
 
     def _defuse(self, completion: str) -> str:
-        return completion if self._specials is None else self._specials.sub(_broken_up, completion)
+        if self._specials is None:
+            return completion
+        return self._specials.sub(lambda match: f"{match.group()[:1]} {match.group()[1:]}", completion)
 
 
 def _encodable(text: str) -> str:
     """`text` without halves of surrogate pairs, which JSON can hold and no tokenizer takes."""
     return text.encode("utf-8", "replace").decode("utf-8")
-
-
-def _broken_up(match: re.Match) -> str:
-    return match.group()[:1] + " " + match.group()[1:]
 
 
 def _as_messages(text: str | Messages, role: str) -> Messages:

@@ -37,10 +37,8 @@ class RewardModel:
     is its negative; the CM of Qwen2.5-7B-SafeRLHF scores harmlessness, whatever its name says.
 
     Args:
-        model (`str`):
-            Folder or Hub id.
-        name (`str`, *optional*):
-            Label of the reward in logs and errors. Defaults to the last part of `model`.
+        model (`str`): Folder or Hub id.
+        name (`str`, *optional*): Label of the reward in logs and errors. Defaults to the last part of `model`.
         sign (`int`, *optional*):
             1 or -1. Defaults to -1 for a model that is known to score harm (beaver's cost models by name, safe-rlhf
             checkpoints by `score_type: cost` in their config), else to 1.
@@ -60,29 +58,23 @@ class RewardModel:
             Folder or Hub id of the policy, if responses are to be read as in the published runs: with the end token
             that closed them, unless it is the tokenizer's `eos_token`. So a response of Qwen2.5-Instruct that ended in
             `<|endoftext|>` keeps it. By default no end token is read, as TRL's text has none.
-        batch_size (`int`, *optional*, defaults to `16`):
-            Conversations per forward pass.
+        batch_size (`int`, *optional*, defaults to `16`): Conversations per forward pass.
         batch_by_length (`bool`, *optional*, defaults to `True`):
             Whether to batch conversations of similar length, which saves padding. Rewards come in the given order.
         dtype (`str`, *optional*, defaults to `"bfloat16"`):
             Of the weights: `"bfloat16"`, `"float16"`, `"float32"`, or `"auto"` for that of the checkpoint.
-        device (`str`, *optional*):
-            Defaults to the trainer's device.
-        load_in_8bit (`bool`, *optional*, defaults to `False`):
-            Load the backbone in 8 bit with bitsandbytes.
+        device (`str`, *optional*): Defaults to the trainer's device.
+        load_in_8bit (`bool`, *optional*, defaults to `False`): Load the backbone in 8 bit with bitsandbytes.
         load_in_4bit (`bool`, *optional*, defaults to `False`):
-            Load the backbone in 4 bit (nf4, double quantisation) with bitsandbytes.
+            Load the backbone in 4 bit (nf4, double quantization) with bitsandbytes.
         offload (`bool`, *optional*, defaults to `False`):
             Keep the weights in CPU memory between calls, so that several reward models need the accelerator memory
             of one.
-        attn_implementation (`str`, *optional*):
-            As in transformers.
-        revision (`str`, *optional*):
-            Branch, tag or commit of a Hub id.
+        attn_implementation (`str`, *optional*): As in transformers.
+        revision (`str`, *optional*): Branch, tag or commit of a Hub id.
         nan (`str`, *optional*, defaults to `"error"`):
             What a score that is not finite becomes: `"error"` raises, `"skip"` gives `None`, an unscored completion.
-        self_check (`bool`, *optional*, defaults to `True`):
-            Whether loading checks the direction.
+        self_check (`bool`, *optional*, defaults to `True`): Whether loading checks the direction.
 
     Raises:
         [`UsageError`]: at construction, for a model or an option that cannot work.
@@ -326,7 +318,7 @@ def _quantization(model: str, load_in_8bit: bool, load_in_4bit: bool, offload: b
     if load_in_8bit and load_in_4bit:
         raise UsageError(f"reward model {model!r}: set load_in_8bit or load_in_4bit, not both.")
     if offload:
-        raise UsageError(f"reward model {model!r}: quantised weights cannot be offloaded; leave offload out.")
+        raise UsageError(f"reward model {model!r}: quantized weights cannot be offloaded; leave offload out.")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UsageError(
             f"reward model {model!r}: 8-bit and 4-bit loading need bitsandbytes. Install it with "

@@ -18,6 +18,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from ..errors import UsageError
+from ..user_input import is_hub_id
 
 
 # What a safe-rlhf checkpoint says of itself: how raw scores are normalized, by `score_type`
@@ -69,14 +70,7 @@ class ScoreModel(PreTrainedModel):
         self.post_init()
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> SequenceClassifierOutput:
-        """
-        Args:
-            input_ids (`torch.Tensor` of shape `(batch, length)`): Token ids, padded on either side.
-            attention_mask (`torch.Tensor` of shape `(batch, length)`): 1 for tokens, 0 for padding.
-
-        Returns:
-            `SequenceClassifierOutput`: `logits` of shape `(batch, 1)`, float32.
-        """
+        """Float32 `logits` (batch, 1) of ids and mask (batch, length), which may be padded on either side."""
         hidden = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
         last = attention_mask.shape[1] - 1 - attention_mask.flip(1).argmax(1)
         scores = self.score_head(hidden[torch.arange(len(hidden), device=hidden.device), last]).float()
@@ -93,7 +87,7 @@ def read_config(model: str, revision: str | None = None) -> PreTrainedConfig:
         [`UsageError`]: if there is no such model, if it needs remote code, or if it has not exactly one score.
     """
     folder = Path(model)
-    if not folder.is_dir() and (model.startswith(("/", ".", "~", "\\")) or model.count("/") > 1):
+    if not folder.is_dir() and not is_hub_id(model, bare=True):
         raise UsageError(f"reward model {model!r}: there is no such folder.")
     if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
         raise UsageError(f"reward model {model!r}: the folder has no weights (*.safetensors or pytorch_model*.bin).")
@@ -152,11 +146,7 @@ def load_scoring_module(
     Args:
         model (`str`): Folder or Hub id; safetensors or `pytorch_model.bin` (`weights_only`), sharded or not.
         config (`PreTrainedConfig`): From [`read_config`].
-        dtype (`torch.dtype`): Of the weights.
-        device (`torch.device`): Where the weights go.
         quantization (`dict[str, Any]`, *optional*): Arguments of `BitsAndBytesConfig`.
-        attn_implementation (`str`, *optional*): As in transformers.
-        revision (`str`, *optional*): Of a Hub id.
 
     Returns:
         `PreTrainedModel`: In eval mode, without gradients; its output has `logits` of shape `(batch, 1)`.

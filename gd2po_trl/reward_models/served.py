@@ -49,12 +49,9 @@ class RemoteScorer:
     one to another server, which would get the headers and whatever token they hold, is an error.
 
     Args:
-        url (`str`):
-            `http://host:port/classify` or `http://host:port/pooling`; without a path, `/classify` is meant.
-        name (`str`, *optional*):
-            Label of the reward in logs and errors. Defaults to the URL's host and port.
-        model (`str`, *optional*):
-            The model's name on the server. vLLM takes the one it serves if there is none.
+        url (`str`): `http://host:port/classify` or `http://host:port/pooling`; without a path, `/classify` is meant.
+        name (`str`, *optional*): Label of the reward in logs and errors. Defaults to the URL's host and port.
+        model (`str`, *optional*): The model's name on the server. vLLM takes the one it serves if there is none.
         tokenizer (`str`, *optional*):
             Folder or Hub id of the reward model's tokenizer. With it, token ids are sent, templated and truncated
             exactly as [`RewardModel`] does it; without it, texts, which the server tokenises (old versions of vLLM
@@ -64,24 +61,19 @@ class RemoteScorer:
             `"chat"` (needs `tokenizer`), `"beaver"`, or a text with `{prompt}` and `{response}`.
         max_length (`int`, *optional*, defaults to `2048`):
             Longest conversation in tokens; applied where `tokenizer` is given.
-        truncation_side (`str`, *optional*, defaults to `"left"`):
-            Which end of a longer conversation is cut off.
-        sign (`int`, *optional*, defaults to `1`):
-            1, or -1 for a model that scores harm.
+        truncation_side (`str`, *optional*, defaults to `"left"`): Which end of a longer conversation is cut off.
+        sign (`int`, *optional*, defaults to `1`): 1, or -1 for a model that scores harm.
         higher_is (`str`, *optional*):
             `"helpful"`, `"harmless"` or `"harmful"`: what a higher reward, after the sign, means.
             [`~RemoteScorer.load`] then scores a few built-in pairs, and warns if the reward looks inverted.
-        batch_size (`int`, *optional*, defaults to `64`):
-            Texts per request.
-        timeout (`float`, *optional*, defaults to `120.0`):
-            Seconds to wait for the answer to one request.
+        batch_size (`int`, *optional*, defaults to `64`): Texts per request.
+        timeout (`float`, *optional*, defaults to `120.0`): Seconds to wait for the answer to one request.
         retries (`int`, *optional*, defaults to `3`):
             Further attempts after a failed connection, a timeout, or status 408, 425, 429, 500, 502, 503 or 504.
         backoff (`float`, *optional*, defaults to `1.0`):
             Seconds before the first further attempt; doubled before each next one, to at most 120. A server's
             `Retry-After` goes first.
-        headers (`dict[str, str]`, *optional*):
-            Further request headers.
+        headers (`dict[str, str]`, *optional*): Further request headers.
         extra_body (`dict[str, Any]`, *optional*):
             Further request fields. Defaults to `{"use_activation": False}`, with which vLLM gives the raw score
             instead of its sigmoid.
@@ -132,9 +124,9 @@ class RemoteScorer:
                 raise UsageError(f"{who}: {option}={value!r} must be {allowed}.")
         check_integer(f"{who}: retries", retries, 0)
         check_integer(f"{who}: batch_size", batch_size, 1)
-        for option, value in (("headers", headers), ("extra_body", extra_body)):
-            if not isinstance(value, (Mapping, type(None))):  # not quoted, since headers may hold a token
-                raise UsageError(f"{who}: {option} is a {type(value).__name__}; it must be a mapping.")
+        for option, given in (("headers", headers), ("extra_body", extra_body)):
+            if not isinstance(given, (Mapping, type(None))):  # not quoted, since headers may hold a token
+                raise UsageError(f"{who}: {option} is a {type(given).__name__}; it must be a mapping.")
         if nan not in NON_FINITE:
             raise UsageError(f"nan={nan!r} of {who} must be one of {', '.join(NON_FINITE)}.")
         self.model = model

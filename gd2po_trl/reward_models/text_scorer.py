@@ -37,10 +37,8 @@ class TextScorer:
     completion of score 0.
 
     Args:
-        path (`str`):
-            Folder that [`fit_text_scorer`], or `gd2po fit-scorers`, has written.
-        name (`str`, *optional*):
-            Label of the reward in logs. Defaults to the folder's name.
+        path (`str`): Folder that [`fit_text_scorer`], or `gd2po fit-scorers`, has written.
+        name (`str`, *optional*): Label of the reward in logs. Defaults to the folder's name.
 
     Raises:
         [`UsageError`]: if the folder holds no scorer, or scikit-learn is not installed.
@@ -48,20 +46,23 @@ class TextScorer:
 
     def __init__(self, path: str, name: str | None = None):
         _require_sklearn()
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
         if not isinstance(path, (str, Path)):
             raise UsageError(f"path={path!r} of a text scorer must be a folder.")
         folder = Path(path).expanduser()
         self.__name__ = name or folder.name
         try:
             self.description: dict[str, Any] = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-            weights = _load_weights(folder / WEIGHTS)
+            weights = load_file(folder / WEIGHTS)
             if self.description["format"] != _FORMAT:
                 raise ValueError(f"format {self.description['format']} is not {_FORMAT}")
             self._vectorizer = _vectorizer(self.description["vectorizer"], self.description["terms"], weights["idf"])
             self._weight = weights["weight"]
             if len(self._weight) != len(self.description["terms"]):
                 raise ValueError(f"{len(self._weight)} weights for {len(self.description['terms'])} terms")
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise UsageError(
                 f"{str(folder)!r} is no folder of a fitted text scorer ({error}). `gd2po fit-scorers --output DIR` "
                 "writes DIR/helpful and DIR/harmless."
@@ -102,12 +103,9 @@ def fit_text_scorer(pairs: Any, folder: str | Path, *, source: str = "", folds: 
         pairs (`Dataset` or `dict[str, list]`):
             Columns `prompt`, `chosen`, `rejected` (text) and `chosen_side` (0 or 1), as the loaders of preference
             pairs give them. The side decides which response is subtracted from which, so that both classes occur.
-        folder (`str` or `Path`):
-            Where to write; created if it is not there.
-        source (`str`, *optional*):
-            What the pairs are, for the record.
-        folds (`int`, *optional*, defaults to `5`):
-            Folds of the cross-validation.
+        folder (`str` or `Path`): Where to write; created if it is not there.
+        source (`str`, *optional*): What the pairs are, for the record.
+        folds (`int`, *optional*, defaults to `5`): Folds of the cross-validation.
         seed (`int`, *optional*, defaults to `0`):
             Of the folds. The result is a function of pairs, folds and seed alone.
 
@@ -119,6 +117,7 @@ def fit_text_scorer(pairs: Any, folder: str | Path, *, source: str = "", folds: 
     """
     _require_sklearn()
     import numpy as np
+    from safetensors.numpy import save_file
 
     chosen, rejected, prompts = list(pairs["chosen"]), list(pairs["rejected"]), list(pairs["prompt"])
     first = np.asarray(pairs["chosen_side"]) == 0
@@ -145,7 +144,10 @@ def fit_text_scorer(pairs: Any, folder: str | Path, *, source: str = "", folds: 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    _save_weights(folder / WEIGHTS, {"idf": vectorizer.idf_, "weight": weight})
+    weights = {"idf": vectorizer.idf_, "weight": weight}
+    save_file(
+        {name: np.ascontiguousarray(value, dtype=np.float64) for name, value in weights.items()}, folder / WEIGHTS
+    )
     return TextScorer(str(folder))
 
 
@@ -195,20 +197,3 @@ def _vectorizer(settings: dict[str, Any], terms: list[str] | None = None, idf: A
     vectorizer = TfidfVectorizer(**settings, vocabulary={term: index for index, term in enumerate(terms)})
     vectorizer.idf_ = idf
     return vectorizer
-
-
-def _load_weights(path: Path) -> dict[str, "np.ndarray"]:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path.name}: {error}") from error
-
-
-def _save_weights(path: Path, weights: dict[str, "np.ndarray"]) -> None:
-    import numpy as np
-    from safetensors.numpy import save_file
-
-    save_file({name: np.ascontiguousarray(values, dtype=np.float64) for name, values in weights.items()}, path)

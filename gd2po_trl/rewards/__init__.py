@@ -11,6 +11,7 @@ from typing import Any
 
 from ..errors import UsageError
 from ..reward_parts import is_async, part_names
+from ..user_input import is_hub_id
 from .user_code import build_object, import_object, is_dotted_path, one_line, path_of_file
 
 
@@ -111,7 +112,7 @@ def _resolve(kind: Any, label: str, kwargs: dict[str, Any], beside: Path | None)
     if path := path_of_file(kind):
         raise UsageError(f"The reward '{label}' is {kind}; name a function by the dotted path of its module: {path}.")
     is_folder = kind != "" and Path(kind).expanduser().is_dir()
-    if is_folder or kind.count("/") == 1:
+    if is_folder or is_hub_id(kind):
         if kwargs:
             raise UsageError(
                 f"The reward '{label}' is a sequence classifier that TRL loads, without keyword arguments. For "

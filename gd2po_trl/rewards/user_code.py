@@ -49,10 +49,8 @@ def import_object(path: str, what: str, beside: Path | None = None) -> Any:
     The function or class at a dotted path, from the current folder or an installed package.
 
     Args:
-        path (`str`):
-            Such as `"my_rewards.brevity"`.
-        what (`str`):
-            How messages call it, such as `"The reward 'brevity'"`.
+        path (`str`): Such as `"my_rewards.brevity"`.
+        what (`str`): How messages call it, such as `"The reward 'brevity'"`.
         beside (`Path`, *optional*):
             Folder of the recipe. A module there is not imported, but told from one that is nowhere.
 

@@ -5,9 +5,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..datasets.sources import is_hub_id
 from ..errors import UsageError
 from ..recipe import Recipe
+from ..user_input import is_hub_id
 
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def check_model(recipe: Recipe) -> None:
     """
     name = recipe.model.model_name_or_path
     folder = Path(name)
-    if not folder.is_dir() and "/" in name and not is_hub_id(name):  # without a slash, such as gpt2, it is an id
+    if not folder.is_dir() and not is_hub_id(name, bare=True):  # bare is an id such as gpt2
         raise UsageError(f"`model_name_or_path` is '{name}', and there is no such folder.")
     adapter = read_adapter(recipe)
     if adapter is None:

@@ -80,15 +80,14 @@ def load_alpaca(
     """
     Loads Alpaca's instructions as prompts; a row's input follows its instruction after a blank line.
 
-    The published runs train on 51,490 of Alpaca's 52,002 prompts and test on the other 512. The Hub holds all of them
-    in one split, so that the test prompts are told apart by their hashes: split `"train"` leaves them out, and split
-    `"test"` of the Hub's copy is these prompts.
+    The published runs train on 51,490 of Alpaca's 52,002 prompts and test on the other 512. The Hub holds all in one
+    split; the test prompts are known by their hashes: `"train"` leaves them out, `"test"` of the Hub's copy is them.
 
     Args:
         path (`str`, *optional*): Data file, folder or Hub id, `"tatsu-lab/alpaca"` if `None`.
         split (`str`, *optional*): `"train"` (also if `None`) or `"test"`.
-        drop_test_prompts (`bool`, *optional*, defaults to `True`): Whether to leave out the 512 prompts that the
-            published runs test on. They stay in a split called `"test"`.
+        drop_test_prompts (`bool`, *optional*, defaults to `True`): Whether to leave out the 512 test prompts; a split
+            called `"test"` keeps them.
         drop_duplicates (`bool` or `"all"`, *optional*, defaults to `True`): Whether to keep only the first row of each
             prompt; `"all"` keeps none of a prompt that occurs more than once.
 
@@ -148,8 +147,8 @@ def load_beavertails(
     """
     Loads BeaverTails' prompts.
 
-    A row of BeaverTails is a prompt with one judged response, so a prompt occurs many times; the filters pick rows,
-    and then one row per prompt is kept.
+    A row is a prompt with one judged response, so a prompt occurs many times: the filters pick rows, and then one row
+    per prompt is kept.
 
     Args:
         path (`str`, *optional*): Data file, folder or Hub id, `"PKU-Alignment/BeaverTails"` if `None`.
@@ -158,8 +157,7 @@ def load_beavertails(
             a safe one; `None` keeps all.
         categories (`Sequence[str]`, *optional*): Keeps rows judged harmful in at least one of these of the 14
             categories ([`HARM_CATEGORIES`]).
-        drop_duplicates (`bool` or `"all"`, *optional*, defaults to `True`): Whether to keep only the first row of each
-            prompt; `"all"` keeps none of a prompt that occurs more than once.
+        drop_duplicates (`bool` or `"all"`, *optional*, defaults to `True`): As for `alpaca`.
 
     Returns:
         `Dataset`: `prompt` (one user message) and all other columns.
@@ -222,9 +220,8 @@ def load_pku_saferlhf(path: str | None, split: str | None, *, drop_duplicates: b
     Args:
         path (`str`, *optional*): Data file, folder or Hub id, `"PKU-Alignment/PKU-SafeRLHF"` if `None`.
         split (`str`, *optional*): `"train"` (also if `None`) or `"test"`.
-        drop_duplicates (`bool` or `"all"`, *optional*, defaults to `True`): Whether to keep only the first row of each
-            prompt; `"all"` keeps none of a prompt that occurs more than once.
-            The published `mean@1` is that of `"all"`: 6,982 of the test split's 8,211 rows.
+        drop_duplicates (`bool` or `"all"`, *optional*, defaults to `True`): As for `alpaca`. The published `mean@1`
+            is that of `"all"`: 6,982 of the test split's 8,211 rows.
 
     Returns:
         `Dataset`: `prompt` (one user message) and all other columns.
@@ -244,8 +241,7 @@ def load_hh_rlhf(
         path (`str`, *optional*): Data file, folder or Hub id, `"Anthropic/hh-rlhf"` if `None`.
         split (`str`, *optional*): `"train"` (also if `None`) or `"test"`.
         dimension (`str`, *optional*): `"helpful"` or `"harmless"`: only this part; `None` for all.
-        drop_duplicates (`bool` or `"all"`, *optional*, defaults to `True`): Whether to keep only the first row of each
-            prompt; `"all"` keeps none of a prompt that occurs more than once.
+        drop_duplicates (`bool` or `"all"`, *optional*, defaults to `True`): As for `alpaca`.
 
     Returns:
         `Dataset`: `prompt` (user and assistant messages in turn, user last) and all other columns but the transcripts.
@@ -279,9 +275,8 @@ def load_hh_rlhf_pairs(path: str | None, split: str | None, *, dimension: str | 
 
     Returns:
         `Dataset`: `prompt` (text of the last user message), `chosen` and `rejected` (text of the responses), and
-        `chosen_side` (0 or 1): the side on which to show the chosen response. The sources put it on the same side in
-        every row; this side comes from a hash of the two texts, so it tells nothing about the label and never changes.
-        Ties, repeated pairs and rows that are no two answers to one prompt are left out.
+        `chosen_side` (0 or 1): the side on which to show the chosen response, from a hash of the two texts, as the
+        sources put it on the same side in every row. Ties, repeated pairs and rows without two answers are left out.
     """
     dataset, origin = _load_hh_rows(path, split, dimension)
     if {"chosen", "rejected"} <= set(dataset.column_names):
@@ -300,10 +295,7 @@ def load_pku_saferlhf_pairs(path: str | None, split: str | None, *, dimension: s
             (`better_response_id`), `"harmless"` the safer one (`safer_response_id`).
 
     Returns:
-        `Dataset`: `prompt` (text of the last user message), `chosen` and `rejected` (text of the responses), and
-        `chosen_side` (0 or 1): the side on which to show the chosen response. The sources put it on the same side in
-        every row; this side comes from a hash of the two texts, so it tells nothing about the label and never changes.
-        Ties, repeated pairs and rows that are no two answers to one prompt are left out.
+        `Dataset`: As for `hh_rlhf_pairs`.
     """
     label = {"helpful": "better_response_id", "harmless": "safer_response_id"}[_checked_dimension(dimension)]
     dataset, origin = load_rows(PKU_SAFERLHF, path, split)
@@ -312,24 +304,18 @@ def load_pku_saferlhf_pairs(path: str | None, split: str | None, *, dimension: s
 
 def as_messages(prompt: str | list[dict[str, Any]] | None) -> list[Message]:
     """
-    A conversation from messages, from an HH-RLHF transcript (`Human:` and `Assistant:` turns, each after a blank line)
-    or from plain text, which is one user message.
+    Messages from messages, from an HH-RLHF transcript (`Human:` and `Assistant:` turns, each after a blank line) or
+    from plain text, which is one user message.
 
     Text before a transcript's first turn counts as the user's. Empty messages are left out, and neighboring messages
     of one role are merged.
-
-    Returns:
-        `list[dict[str, str]]`: Messages with `role` and `content`; empty if nothing is said.
     """
     if isinstance(prompt, list):
         turns = [(message["role"], message["content"] or "") for message in prompt]
     else:
         before, *parts = TURN.split(prompt or "")
-        if not parts:
-            turns = [("user", before)]
-        else:
-            turns = [("user", before.strip())]
-            turns += [(ROLES[role], text.strip()) for role, text in zip(parts[::2], parts[1::2], strict=True)]
+        turns = [("user", before.strip() if parts else before)]
+        turns += [(ROLES[role], text.strip()) for role, text in zip(parts[::2], parts[1::2], strict=True)]
     messages: list[Message] = []
     for role, content in turns:
         if not content.strip():
@@ -374,16 +360,9 @@ def _to_prompts(
     inputs: Sequence[str] = ("prompt",),
     remove: Sequence[str] = (),
 ) -> tuple["Dataset", DatasetReport]:
-    converted = convert_rows(
-        dataset,
-        lambda row: {"prompt": prompt_of(row)},
-        {"prompt": conversation_feature()},
-        inputs=inputs,
-        name=source.name,
-        origin=origin,
-        remove=remove,
-    )
-    return converted, DatasetReport(source.name, origin, read=len(dataset))
+    report = DatasetReport(source.name, origin, read=len(dataset))
+    feature = {"prompt": conversation_feature()}
+    return convert_rows(dataset, lambda row: {"prompt": prompt_of(row)}, feature, report, inputs, remove), report
 
 
 def _to_pairs(
@@ -404,16 +383,13 @@ def _to_pairs(
 
     texts = ("prompt", "chosen", "rejected")
     features = {**{column: Value("string") for column in texts}, "chosen_side": Value("int64")}
-    pairs = convert_rows(
-        dataset, convert, features, inputs=inputs, name=name, origin=origin, remove=dataset.column_names
-    )
-    report = DatasetReport(name, origin, read=len(pairs))
+    report = DatasetReport(name, origin, read=len(dataset))
+    pairs = convert_rows(dataset, convert, features, report, inputs, remove=dataset.column_names)
     rows = list(iterate_rows(pairs, texts))
-    complete = [all(row[column].strip() for column in texts) for row in rows]
-    tied = [row["chosen"] == row["rejected"] for row in rows]
-    keep = [index for index in range(len(rows)) if complete[index] and not tied[index]]
-    report.dropped["without two answers to one prompt"] = complete.count(False)
-    report.dropped["ties"] = complete.count(True) - len(keep)
+    complete = [index for index, row in enumerate(rows) if all(row[column].strip() for column in texts)]
+    keep = [index for index in complete if rows[index]["chosen"] != rows[index]["rejected"]]
+    report.dropped["without two answers to one prompt"] = len(rows) - len(complete)
+    report.dropped["ties"] = len(complete) - len(keep)
     return drop_rows(pairs.select(keep), report, key_columns=texts, drop_duplicates=True)
 
 
@@ -449,12 +425,9 @@ def _response_pairs(dataset: "Dataset", name: str, origin: str, label: str) -> "
         prompt = _prompt_of(row)
         if not prompt:
             return None
-        chosen, rejected = (f"response_{side}" for side in (better, 1 - better))
-        return (
-            prompt[-1]["content"],
-            checked_text(row[chosen], chosen) or "",
-            checked_text(row[rejected], rejected) or "",
-        )
+        responses = (f"response_{side}" for side in (better, 1 - better))
+        chosen, rejected = (checked_text(row[column], column) or "" for column in responses)
+        return prompt[-1]["content"], chosen, rejected
 
     return _to_pairs(dataset, name, origin, pair_of, columns)
 
@@ -468,13 +441,9 @@ def _checked_dimension(dimension: str) -> str:
 def _checked_categories(source: Source, categories: Sequence[str] | None) -> set[str] | None:
     if categories is None:
         return None
-    if isinstance(categories, str):
-        categories = [categories]
-    for category in categories:
-        if category not in HARM_CATEGORIES:
-            close = difflib.get_close_matches(str(category), HARM_CATEGORIES, n=1)
-            raise UsageError(
-                f"{source.name}: unknown category {category!r}"
-                + (f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(HARM_CATEGORIES)}")
-            )
-    return set(categories)
+    wanted = {categories} if isinstance(categories, str) else set(categories)
+    for category in wanted - set(HARM_CATEGORIES):
+        close = difflib.get_close_matches(str(category), HARM_CATEGORIES, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(HARM_CATEGORIES)}"
+        raise UsageError(f"{source.name}: unknown category {category!r}; {hint}")
+    return wanted

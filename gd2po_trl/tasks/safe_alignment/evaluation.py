@@ -37,13 +37,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class SafeAlignmentRow(EvalRow):
-    """
-    One prompt.
-
-    Args:
-        dataset (`str`): Label of the data set.
-        categories (`tuple[str, ...]`): Harm categories of the prompt, if the data name them.
-    """
+    """One prompt of the data set labelled `dataset`, with its harm categories, if the data name them."""
 
     dataset: str
     categories: tuple[str, ...] = ()

@@ -20,14 +20,16 @@ compare with published figures. `strict`, the default, mends its defects:
 """
 
 import ast
+import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ...errors import UsageError
 from ...evaluation.intervals import wilson_interval
-from ...evaluation.predictions import EvalRow, prefill_of
+from ...evaluation.predictions import RESULTS_FILE, EvalRow, prefill_of, write_atomically
 from ...messages import continued
 from ...reporting import decimals, print_table
 from .text_format import (
@@ -40,6 +42,7 @@ from .text_format import (
 )
 
 
+LEADERBOARD_FILE = "leaderboard.json"
 PROTOCOLS = ("strict", "reference")
 _TAGS = ("think", "tool_call", "response")
 # The word count from which on the published length score is 1.
@@ -48,16 +51,10 @@ _MAX_WORDS = 512
 
 @dataclass(frozen=True)
 class ApiBankRow(EvalRow):
-    """
-    One dialogue.
-
-    Args:
-        level (`int`): 1, 2 or 3.
-        gold (`dict[str, Any]`): The expected call, with `name` and `parameters`.
-    """
+    """One dialogue."""
 
     level: int
-    gold: dict[str, Any]
+    gold: dict[str, Any]  # the expected call, with `name` and `parameters`
 
 
 @dataclass(frozen=True)
@@ -156,9 +153,7 @@ def _strict_reason(text: str, gold: dict[str, Any]) -> str:
 def stands_for(value: Any, gold: Any) -> bool:
     """
     Whether a JSON value says what a gold value says. A string must equal it; any other value is compared with what the
-    gold text stands for as a Python literal, which is how API-Bank writes numbers, Booleans and lists.
-
-    Examples: `5` and `5.0` stand for `"5"`, `true` for `"True"`, `["a"]` for `"['a']"`; `970` does not for `"0970"`.
+    gold text stands for as a Python literal: `5` and `5.0` stand for `"5"`, `["a"]` for `"['a']"`.
     """
     if isinstance(value, str) or not isinstance(gold, str):
         if isinstance(value, list) and isinstance(gold, list):
@@ -228,8 +223,8 @@ def score_predictions(
 
     Args:
         rows (`Sequence[ApiBankRow]`): The dialogues.
-        predictions (`dict[str, dict]`): Completions by row id; see [`engine.generate_predictions`]. The thoughts that
-            a prompt opened (`prefill`) count as the completion's.
+        predictions (`dict[str, dict]`): Completions by row id; see [`~evaluation.running.generate_predictions`]. The
+            thoughts that a prompt opened (`prefill`) count as the completion's.
         protocol (`str`, defaults to `"strict"`): `"strict"` or `"reference"`.
 
     Returns:
@@ -310,3 +305,75 @@ def print_results(results: dict[str, Any]) -> None:
         notes.append(f"{missing} rows without a completion {effect}.")
     columns = ["", "accuracy % (95 % interval)", "format %", "length 0 to 1", "think words", "correct", "cut off"]
     print_table(f"API-Bank, protocol {results['protocol']}", columns, lines, "\n".join(notes))
+
+
+def find_runs(folders: Iterable[str | Path]) -> dict[str, dict[str, Any]]:
+    """
+    The content of each API-Bank evaluation's `results.json` in some folders and below, by the run's folder, relative
+    to the one that was searched.
+
+    Raises:
+        [`UsageError`]: if a folder is missing, a file is damaged, or there is no such evaluation.
+    """
+    runs: dict[str, dict[str, Any]] = {}
+    for folder in map(Path, folders):
+        if not folder.is_dir():
+            raise UsageError(f"There is no folder {folder} to look for evaluations in.")
+        for path in sorted(folder.rglob(RESULTS_FILE)):
+            try:
+                results = json.loads(path.read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise UsageError(f"{path} is damaged: {error}.") from error
+            if not isinstance(results, dict) or results.get("task") != "api-bank":
+                continue
+            name = str(path.parent.relative_to(folder)) if path.parent != folder else folder.resolve().name
+            runs[name if name not in runs else str(path.parent)] = results
+    if not runs:
+        raise UsageError(f"No {RESULTS_FILE} of `gd2po eval api-bank` in {', '.join(map(str, folders))}.")
+    return runs
+
+
+def rank(runs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """
+    The figures of each run, per level and overall, within a protocol sorted by overall accuracy, then format, then
+    length, as the published leaderboard is.
+    """
+    figures = ("accuracy", "format", "length", "think_words", "correct", "scored")
+    board = {}
+    for name, results in runs.items():
+        levels = {**results["levels"], "overall": results["overall"]}
+        # Results of version 0.1 have no count of words.
+        entry = {level: {figure: summary.get(figure) for figure in figures} for level, summary in levels.items()}
+        board[name] = {"protocol": results["protocol"], **entry}
+
+    def place(item: tuple[str, dict[str, Any]]) -> tuple:
+        overall = item[1]["overall"]
+        values = (overall["accuracy"], overall["format"], overall["length"])
+        return item[1]["protocol"], *(-1 if value is None else -value for value in values), item[0]
+
+    return dict(sorted(board.items(), key=place))
+
+
+def print_leaderboard(runs: dict[str, dict[str, Any]], output: str | Path | None) -> None:
+    """Prints the leaderboard, one table for each protocol, and writes it to the file `output`, if there is one."""
+    board = rank(runs)
+    if output is not None:
+        write_atomically(Path(output), json.dumps(board, indent=2, ensure_ascii=False) + "\n")
+    for protocol in dict.fromkeys(entry["protocol"] for entry in board.values()):
+        entries = {name: entry for name, entry in board.items() if entry["protocol"] == protocol}
+        levels = sorted({level for entry in entries.values() for level in entry} - {"protocol", "overall"})
+        lines = []
+        for name, entry in entries.items():
+            overall = entry["overall"]
+            accuracies = [decimals(entry.get(level, {}).get("accuracy"), 2) for level in levels]
+            others = [
+                decimals(overall["format"], 2),
+                decimals(overall["length"], 4),
+                decimals(overall["think_words"], 1),
+            ]
+            lines.append([name, decimals(overall["accuracy"], 2), *accuracies, *others])
+        of_levels = [f"level {level} %" for level in levels]
+        columns = ["", "accuracy %", *of_levels, "format %", "length", "think words"]
+        print_table(f"API-Bank, protocol {protocol}", columns, lines)
+    if output is not None:
+        print(f"Leaderboard: {output}")

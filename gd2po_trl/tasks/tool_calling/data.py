@@ -59,7 +59,7 @@ def load_rlla(path: str | None, split: str | None) -> "Dataset":
         inputs = remove = RAW_COLUMNS
 
         def convert(row: dict[str, Any]) -> dict[str, Any]:
-            return {"prompt": _raw_prompt(row), "answer": _checked_gold(row["output"])}
+            return {"prompt": _conversation(row["instruction"], row["input"]), "answer": _checked_gold(row["output"])}
     else:
         gold_column = "answer" if "answer" in columns else "reward_model"
         inputs, remove = ("prompt", gold_column), ()
@@ -79,8 +79,8 @@ def load_rlla(path: str | None, split: str | None) -> "Dataset":
     from datasets import Value
 
     features = {"prompt": prompt_feature, "answer": Value("string")}
-    converted = convert_rows(dataset, convert, features, inputs=inputs, name=RLLA.name, origin=origin, remove=remove)
-    return finish(converted, DatasetReport(RLLA.name, origin, read=len(dataset)))
+    report = DatasetReport(RLLA.name, origin, read=len(dataset))
+    return finish(convert_rows(dataset, convert, features, report, inputs, remove), report)
 
 
 def load_rlla_sft(path: str | None, split: str | None) -> "Dataset":
@@ -102,19 +102,11 @@ def load_rlla_sft(path: str | None, split: str | None) -> "Dataset":
 
     def convert(row: dict[str, Any]) -> dict[str, Any]:
         completion = [{"role": "assistant", "content": _checked_gold(row["output"])}]
-        return {"prompt": _raw_prompt(row), "completion": completion}
+        return {"prompt": _conversation(row["instruction"], row["input"]), "completion": completion}
 
     features = {"prompt": conversation_feature(), "completion": conversation_feature()}
-    converted = convert_rows(
-        dataset,
-        convert,
-        features,
-        inputs=RAW_COLUMNS,
-        name=RLLA_SFT.name,
-        origin=origin,
-        remove=dataset.column_names,
-    )
-    return finish(converted, DatasetReport(RLLA_SFT.name, origin, read=len(dataset)))
+    report = DatasetReport(RLLA_SFT.name, origin, read=len(dataset))
+    return finish(convert_rows(dataset, convert, features, report, RAW_COLUMNS, dataset.column_names), report)
 
 
 def load_api_bank(path: str | None, split: str | None = None, *, levels: Sequence[int] = API_BANK_LEVELS) -> "Dataset":
@@ -131,8 +123,7 @@ def load_api_bank(path: str | None, split: str | None = None, *, levels: Sequenc
 
     Returns:
         `Dataset`: `prompt` (system and user message), `answer`, `level` (`int`), `index` (`int`, row within the level)
-        and `other` (JSON text: where in API-Bank the row comes from). Duplicates stay, as scores are averages over
-        all rows.
+        and `other` (JSON text: where in API-Bank the row comes from). Duplicates stay: scores average all rows.
 
     Raises:
         [`UsageError`]: No such file, or a row without prompt or gold call.
@@ -154,17 +145,11 @@ def load_api_bank(path: str | None, split: str | None = None, *, levels: Sequenc
             raise UsageError(f"api_bank: {path} is neither a folder nor a file named like level-1-api_processed.json")
         files = {int(match.group(1)): source}
 
-    rows = [row for level, file in files.items() for row in _read_api_bank_level(file, level)]
-
     from datasets import Dataset, Features, Value
 
-    features = Features(
-        prompt=conversation_feature(),
-        answer=Value("string"),
-        level=Value("int64"),
-        index=Value("int64"),
-        other=Value("string"),
-    )
+    rows = [row for level, file in files.items() for row in _read_api_bank_level(file, level)]
+    columns = {"answer": "string", "level": "int64", "index": "int64", "other": "string"}
+    features = Features(prompt=conversation_feature(), **{name: Value(kind) for name, kind in columns.items()})
     dataset = Dataset.from_list(rows, features=features)
     return finish(dataset, DatasetReport("api_bank", str(source), read=len(rows)))
 
@@ -197,18 +182,14 @@ def _api_bank_row(row: Any) -> dict[str, Any]:
         raise UsageError(f"`answer` must be one call with `name` and `parameters`, got {str(row['answer'])[:80]!r}")
     gold = json.dumps({"name": call["name"], "parameters": call["parameters"]}, ensure_ascii=False)
     return {
-        "prompt": _checked_prompt(
-            [{"role": "system", "content": row["system"]}, {"role": "user", "content": row["user"]}]
-        ),
+        "prompt": _conversation(row["system"], row["user"]),
         "answer": f"<tool_call>\n{gold}\n</tool_call>",
         "other": json.dumps(row.get("other"), ensure_ascii=False),
     }
 
 
-def _raw_prompt(row: dict[str, Any]) -> list[dict[str, str]]:
-    return _checked_prompt(
-        [{"role": "system", "content": row["instruction"]}, {"role": "user", "content": row["input"]}]
-    )
+def _conversation(system: Any, user: Any) -> list[dict[str, str]]:
+    return _checked_prompt([{"role": "system", "content": system}, {"role": "user", "content": user}])
 
 
 def _checked_prompt(prompt: Any) -> Any:

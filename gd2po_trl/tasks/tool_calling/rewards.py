@@ -55,10 +55,7 @@ MAX_CANDIDATES = 1000
 
 
 def _answer_required(func: Any) -> Callable:
-    """
-    Marks the column `answer` as required in the signature, where the trainer reads which columns a reward needs. The
-    function itself takes a default, so that elsewhere its absence is reported with a remedy.
-    """
+    """Marks `answer` as required in the signature, where the trainer looks; its default is for an error of our own."""
     signature = inspect.signature(func)
     answer = signature.parameters["answer"].replace(default=inspect.Parameter.empty)
     func.__signature__ = signature.replace(parameters=list({**signature.parameters, "answer": answer}.values()))
@@ -84,8 +81,6 @@ class _ScheduledReward:
 
     # Name of the field that the schedule changes.
     _scheduled: ClassVar[str]
-    # Whether the reward tells completions apart only where the ground truth has a call.
-    _needs_calls: ClassVar[bool] = False
 
     def __post_init__(self):
         final = f"final_{self._scheduled}"
@@ -119,10 +114,6 @@ class _ScheduledReward:
         if getattr(self, field) not in allowed:
             raise self._error(field, getattr(self, field), f"must be one of {', '.join(allowed)}")
 
-    def _check_bool(self, field: str) -> None:
-        if not isinstance(getattr(self, field), bool):
-            raise self._error(field, getattr(self, field), "must be true or false")
-
     def _current(self, trainer_state: Any) -> float:
         """The scheduled field's value at the trainer's step."""
         start, final = getattr(self, self._scheduled), getattr(self, f"final_{self._scheduled}")
@@ -132,6 +123,21 @@ class _ScheduledReward:
         # `step` counts finished optimizer steps, so it is 0 at the first generation batch, which ToolRL calls 1.
         kind = "steps" if self.schedule == "step" else self.schedule
         return Schedule(kind, ((0, start), (self.schedule_steps, final))).at(step + self.steps_per_batch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _GoldReward(_ScheduledReward):
+    """A reward that reads the ground truth."""
+
+    reference: bool = False
+
+    # Whether it tells completions apart only where the ground truth has a call.
+    _needs_calls: ClassVar[bool] = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not isinstance(self.reference, bool):
+            raise self._error("reference", self.reference, "must be true or false")
 
     def _golds(self, answer: Sequence[str] | None, completions: Sequence[Any]) -> list[Gold | None]:
         """One parsed ground truth per completion; the rollouts of a group share theirs."""
@@ -154,14 +160,14 @@ class _ScheduledReward:
                     parsed[text] = None
         return [parsed[text] if isinstance(text, str) else None for text in answer]
 
-    def _check_golds(self, dataset: Any, what: str) -> None:
-        golds, unread = [], []
+    def check_data(self, dataset: Any, what: str) -> None:
+        """Warns of answers in a dataset that the reward cannot read; [`UsageError`] if it can read none."""
+        golds, unread, rows = [], [], len(dataset["answer"])
         for index, answer in enumerate(dataset["answer"]):
             try:
                 golds.append(_read_gold(answer))
             except ValueError as error:
                 unread.append((index, error))
-        rows = len(golds) + len(unread)
         if unread:
             index, reason = unread[0]
             message = (
@@ -179,7 +185,7 @@ class _ScheduledReward:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Correctness(_ScheduledReward):
+class Correctness(_GoldReward):
     """
     How well the tool calls agree with the ground truth's, in `[-max_score, max_score]`.
 
@@ -217,8 +223,7 @@ class Correctness(_ScheduledReward):
             that the schedule moves as ToolRL's does, whose first batch is number 1.
         reference (`bool`, defaults to `False`):
             Whether to read the calls as the published code does, see the module's list of deviations.
-        name (`str`, defaults to `"correctness"`):
-            Name in the metrics.
+        name (`str`, defaults to `"correctness"`): Name in the metrics.
 
     Raises:
         [`~gd2po_trl.errors.UsageError`] (a `ValueError`): for a wrong argument, and when called without `answer`.
@@ -227,7 +232,6 @@ class Correctness(_ScheduledReward):
     match: str = "partial"
     max_score: float = 3.0
     final_max_score: float | None = None
-    reference: bool = False
     name: str = "correctness"
 
     _scheduled: ClassVar[str] = "max_score"
@@ -236,11 +240,6 @@ class Correctness(_ScheduledReward):
     def __post_init__(self):
         super().__post_init__()
         self._check_choice("match", MATCHES)
-        self._check_bool("reference")
-
-    def check_data(self, dataset: Any, what: str) -> None:
-        """Warns of answers in a dataset that the reward cannot read; [`UsageError`] if it can read none."""
-        self._check_golds(dataset, what)
 
     @_answer_required
     def __call__(
@@ -340,7 +339,7 @@ def _parameter_score(gold: dict[str, Any], predicted: dict[str, Any], refined: b
 
 
 @dataclass(frozen=True, kw_only=True)
-class Format(_ScheduledReward):
+class Format(_GoldReward):
     """
     `max_score` if the whole completion has the structure of the ground truth, else `min_score`.
 
@@ -350,25 +349,19 @@ class Format(_ScheduledReward):
     calls is the correctness reward's business.
 
     Args:
-        max_score (`float`, defaults to `1.0`):
-            Score of the right structure.
+        max_score (`float`, defaults to `1.0`): Score of the right structure.
         final_max_score (`float`, *optional*):
             `max_score` at the end of the schedule. ToolRL's two-stage scale is `max_score=1, final_max_score=0.5,
             schedule_steps=30, schedule="step"`. Its dynamic scale shrinks the width of the range from 4 to 2:
             `max_score=4, final_max_score=2, schedule_steps=150` (where the range begins does not matter, a constant
             cancels in the group's mean).
-        schedule_steps (`int`, *optional*):
-            As in [`Correctness`].
-        schedule (`str`, defaults to `"linear"`):
-            As in [`Correctness`].
-        steps_per_batch (`int`, defaults to `1`):
-            As in [`Correctness`].
-        min_score (`float`, defaults to `0.0`):
-            Score of any other structure, below `max_score`.
+        schedule_steps (`int`, *optional*): As in [`Correctness`].
+        schedule (`str`, defaults to `"linear"`): As in [`Correctness`].
+        steps_per_batch (`int`, defaults to `1`): As in [`Correctness`].
+        min_score (`float`, defaults to `0.0`): Score of any other structure, below `max_score`.
         reference (`bool`, defaults to `False`):
             Whether to accept what the published pattern accepts, see the module's list of deviations.
-        name (`str`, defaults to `"format"`):
-            Name in the metrics.
+        name (`str`, defaults to `"format"`): Name in the metrics.
 
     Raises:
         [`~gd2po_trl.errors.UsageError`] (a `ValueError`): for a wrong argument, and when called without `answer`.
@@ -377,22 +370,16 @@ class Format(_ScheduledReward):
     max_score: float = 1.0
     final_max_score: float | None = None
     min_score: float = 0.0
-    reference: bool = False
     name: str = "format"
 
     _scheduled: ClassVar[str] = "max_score"
 
     def __post_init__(self):
         super().__post_init__()
-        self._check_bool("reference")
         lowest, highest = self.min_score, min(self.max_score, self.final_max_score or self.max_score)
         number = isinstance(lowest, (int, float)) and not isinstance(lowest, bool)
         if not number or not -sys.float_info.max <= lowest < highest:
             raise self._error("min_score", lowest, "must be a finite number below `max_score`")
-
-    def check_data(self, dataset: Any, what: str) -> None:
-        """As [`Correctness`]'."""
-        self._check_golds(dataset, what)
 
     @_answer_required
     def __call__(
@@ -449,19 +436,14 @@ class Length(_ScheduledReward):
     longer thoughts whether the answer is right or wrong.
 
     Args:
-        max_words (`float`, defaults to `512`):
-            Words from which on the score is 1.
+        max_words (`float`, defaults to `512`): Words from which on the score is 1.
         final_max_words (`float`, *optional*):
             `max_words` at the end of the schedule. ToolRL's schedule is `max_words=384, final_max_words=640,
             schedule_steps=105`.
-        schedule_steps (`int`, *optional*):
-            As in [`Correctness`].
-        schedule (`str`, defaults to `"linear"`):
-            As in [`Correctness`].
-        steps_per_batch (`int`, defaults to `1`):
-            As in [`Correctness`].
-        name (`str`, defaults to `"length"`):
-            Name in the metrics.
+        schedule_steps (`int`, *optional*): As in [`Correctness`].
+        schedule (`str`, defaults to `"linear"`): As in [`Correctness`].
+        steps_per_batch (`int`, defaults to `1`): As in [`Correctness`].
+        name (`str`, defaults to `"length"`): Name in the metrics.
 
     Raises:
         [`~gd2po_trl.errors.UsageError`] (a `ValueError`): for a wrong argument.

@@ -60,12 +60,8 @@ def _too_deep(text: str) -> bool:
 
 def parse_json(text: str) -> Any:
     """
-    The value of a JSON text, read as `json.loads` does: the last of duplicate keys counts, and the literals `NaN`,
-    `Infinity` and `-Infinity` are accepted.
-
-    Raises:
-        `ValueError`: whatever is wrong with the text, also nesting deeper than `MAX_NESTING` and integers of more than
-            `MAX_DIGITS` digits.
+    The value of a JSON text, read as `json.loads` does. Raises `ValueError` whatever is wrong with it, also nesting
+    deeper than `MAX_NESTING` and integers of more than `MAX_DIGITS` digits.
     """
     if _too_deep(text):
         raise ValueError(f"nested deeper than {MAX_NESTING}")
@@ -76,11 +72,7 @@ def parse_json(text: str) -> Any:
 
 
 def values_equal(first: Any, second: Any) -> bool:
-    """
-    Whether two JSON values are equal as Python values, as the published rewards compare them: `2.0` equals `2`, and
-    also `true` equals `1`; `"2"` does not equal `2`. The order of object keys does not matter, that of list items
-    does.
-    """
+    """Whether two JSON values are equal as Python values, as published: `2.0` equals `2`, `true` equals `1`."""
     try:
         return bool(first == second)
     except RecursionError:
@@ -99,10 +91,8 @@ def think_text(text: str) -> str | None:
 
 def answer_text(text: str) -> str:
     """
-    The part of a text that can be the answer: what follows the last `</think>`, or the whole text if there is none.
-
-    The last one, because a model may mention the tag while it thinks or think several times, and what stands before a
-    `</think>` may be thoughts. The price: an answer that contains `</think>` itself is lost.
+    The part of a text that can be the answer: what follows the last `</think>` (a model may mention the tag while it
+    thinks, or think several times), or the whole text if there is none.
     """
     return text.rpartition("</think>")[2]
 
@@ -116,21 +106,12 @@ def _between(text: str, start: str, end: str) -> tuple[str, str] | None:
 
 @dataclass(frozen=True)
 class CompletionParts:
-    """
-    The parts of a completion.
+    """The parts of a completion; `None` for those that it does not have."""
 
-    Attributes:
-        think (`str` or `None`): the thoughts, see [`think_text`].
-        answer (`str`): the part that can be the answer, see [`answer_text`].
-        tool_call (`str` or `None`): text of the first `<tool_call>…</tool_call>` in the answer.
-        response (`str` or `None`): text of the first `<response>…</response>` in the answer, after the tool calls if
-            there are any.
-    """
-
-    think: str | None
-    answer: str
-    tool_call: str | None
-    response: str | None
+    think: str | None  # see `think_text`
+    answer: str  # see `answer_text`
+    tool_call: str | None  # text of the first `<tool_call>…</tool_call>` in the answer
+    response: str | None  # text of the first `<response>…</response>` in the answer, after the tool calls
 
 
 def split_completion(text: str) -> CompletionParts:
@@ -160,14 +141,8 @@ def reference_tool_call(text: str) -> str | None:
 
 def parse_calls(block: str | None) -> list[Any] | None:
     """
-    The JSON values in the text of a `<tool_call>` block, one per line.
-
-    Args:
-        block (`str` or `None`): text between the tags.
-
-    Returns:
-        `list` or `None`: the values, in their order and not further checked (a value may be no object, a call may lack
-        its name); `None` if there is no block or a line, also a blank one, is not JSON.
+    The JSON values in the text of a `<tool_call>` block, one per line and not further checked (a value may be no
+    object, a call may lack its name); `None` if there is no block, or a line, also a blank one, is not JSON.
     """
     if block is None:
         return None
@@ -179,13 +154,7 @@ def parse_calls(block: str | None) -> list[Any] | None:
 
 @dataclass(frozen=True)
 class Gold:
-    """
-    A parsed ground truth.
-
-    Attributes:
-        calls (`list[dict]`): the calls, each with `name` (`str`) and `parameters` (`dict`); empty if there is no call.
-        has_response (`bool`): whether there is a response.
-    """
+    """A parsed ground truth: its calls, each with the text `name` and the dict `parameters`; whether it responds."""
 
     calls: list[dict[str, Any]] = field(default_factory=list)
     has_response: bool = False
@@ -193,17 +162,11 @@ class Gold:
 
 def parse_gold(text: Any) -> Gold:
     """
-    Parse the ground truth of one row.
-
-    Unlike the published code it allows blank lines between calls, and a response may mention `<tool_call>`.
-
-    Args:
-        text (`str`): thoughts (optional), then `<tool_call>…</tool_call>`, `<response>…</response>`, both in this
-        order,
-            or text without tags.
+    Parse the ground truth of one row: thoughts (optional), then `<tool_call>…</tool_call>`, `<response>…</response>`,
+    both in this order, or text without tags. Blank lines between calls are allowed.
 
     Raises:
-        `ValueError`: if the text has another structure or a line in the call block is no call; it says what is wrong.
+        `ValueError`: if the text has another structure, or a line in the call block is not a call.
     """
     if not isinstance(text, str):
         raise ValueError(f"the ground truth must be a text, got {type(text).__name__}")
@@ -246,12 +209,9 @@ def _gold_call(line: str) -> dict[str, Any]:
         call = parse_json(line.strip())
     except ValueError as error:
         raise ValueError(f"the line {line.strip()[:60]!r} in `<tool_call>` is not JSON: {error}") from None
-    if (
-        not isinstance(call, dict)
-        or not isinstance(call.get("name"), str)
-        or not isinstance(call.get("parameters"), dict)
-    ):
-        renamed = isinstance(call, dict) and "parameters" not in call and "arguments" in call
+    fields = call if isinstance(call, dict) else {}
+    if not isinstance(fields.get("name"), str) or not isinstance(fields.get("parameters"), dict):
+        renamed = "parameters" not in fields and "arguments" in fields
         raise ValueError(
             f'the line {line.strip()[:60]!r} in `<tool_call>` must be an object {{"name": text, "parameters": object}}'
             + ("; rename `arguments` to `parameters`" if renamed else "")
