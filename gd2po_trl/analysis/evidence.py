@@ -241,7 +241,7 @@ def _course_tables(analysis: Analysis) -> list[Table]:
 
 def _mean(values: list[float], weights: list[int]) -> float:
     known = ~np.isnan(values)
-    total = np.sum(weights, where=known)
+    total: float = np.sum(weights, where=known)
     return float(np.sum(np.multiply(values, weights), where=known) / total) if total else math.nan
 
 

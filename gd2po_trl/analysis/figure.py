@@ -115,8 +115,9 @@ def _at_one_step(panel, analysis: Analysis, pairs: list[PairFigures]) -> None:
     _title(panel, "Conflict", "share of rollouts that one reward favors and another disfavors")
     several = pairs if len(analysis.pairs) > 1 else []
     names = ["any two" if several else _pair(pairs[0]), *map(_pair, several)]
-    _bars(panel, names, {"measured": (PALETTE[0], [one.conflict_ratio for one in (analysis, *several)])}, digits=None)
-    unrelated = [one.unrelated_ratio for one in (analysis, *several)][::-1]
+    shown: list[Analysis | PairFigures] = [analysis, *several]
+    _bars(panel, names, {"measured": (PALETTE[0], [one.conflict_ratio for one in shown])}, digits=None)
+    unrelated = [one.unrelated_ratio for one in reversed(shown)]
     marks = {"marker": "|", "s": 260, "linewidths": 2, "color": PALETTE[1], "label": "by chance", "zorder": 3}
     panel.scatter(unrelated, range(len(names)), **marks)
     if len(names) == 1:
@@ -129,7 +130,7 @@ def _bars(panel, names: list[str], series: dict[str, tuple[str, list[float]]], d
     height = 0.55 if len(series) == 1 else 0.34
     y = np.arange(len(names))[::-1]
     for index, (label, (color, values)) in enumerate(series.items()):
-        places = y + (0 if len(series) == 1 else 0.19 - 0.38 * index)
+        places: np.ndarray = y + (0 if len(series) == 1 else 0.19 - 0.38 * index)
         panel.barh(places, np.nan_to_num(values), height=height, color=color, label=label)
         for place, value in zip(places, values, strict=True):
             if digits is not None and not np.isnan(value):

@@ -89,7 +89,7 @@ def _repeated_pairs(rollouts: Rollouts, groups: Groups) -> np.ndarray | None:
 
 def _changed(repeats: np.ndarray | None, values: np.ndarray, in_use: np.ndarray) -> tuple[float | None, float]:
     """The share of the repeated pairs, and of neighbors in general, whose values differ; `None` if too few repeat."""
-    pairs = [] if repeats is None else repeats[in_use[repeats].all(1)]
+    pairs = np.zeros((0, 2), dtype=int) if repeats is None else repeats[in_use[repeats].all(1)]
     if len(pairs) < FEW_PAIRS:
         return None, 0.0
     neighbors = in_use[1:] & in_use[:-1]

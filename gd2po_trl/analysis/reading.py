@@ -131,7 +131,8 @@ def read_rollouts(sources: Sequence[str | Path], reward_names: Sequence[str] | N
             raise UsageError(f"--rewards names `{texts[0]}`, a column that holds texts or steps and no rewards.")
     else:
         names, total = _detect_rewards(first, files[0], layout, warnings, notes)
-    extras = [name for name in ("advantage", "gd2po_conflict", total) if name in first.columns and name not in names]
+    named = [name for name in ("advantage", "gd2po_conflict", total) if name is not None]
+    extras = [name for name in named if name in first.columns and name not in names]
     folders = list(dict.fromkeys(file.parent.resolve() for file in files))
     # A first file without a step must not be followed by files that have one.
     stray_step = [] if layout.step or layout.step_in_name else ["step"]

@@ -191,7 +191,7 @@ def _recipe_settings(folder: Path, names: list[str]) -> tuple[list[float] | None
     by_name = dict(zip(labels, weights, strict=True))
     chosen = [by_name.get(name) for name in names]
     is_known = all(isinstance(weight, (int, float)) and math.isfinite(weight) for weight in chosen)
-    return list(map(float, chosen)) if is_known else None, scale
+    return [float(weight) for weight in chosen if weight is not None] if is_known else None, scale
 
 
 def _logged_means(rollouts: "Rollouts") -> tuple[np.ndarray, np.ndarray]:
