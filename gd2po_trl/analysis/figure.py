@@ -235,4 +235,5 @@ def _shares(panel, analysis: Analysis) -> None:
     _bars(panel, [_label(reward.name) for reward in analysis.rewards], series)
     panel.axvline(0, color=MUTED, lw=0.8)
     panel.set_xlim(min(0, *known) * 1.1, max(1.0, *known) * 1.12)
+    panel.xaxis.set_major_locator(MaxNLocator(6))  # a share may be negative, or above 1
     _legend(panel, 2, bbox_to_anchor=(0, 1.03))
