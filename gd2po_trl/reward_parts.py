@@ -56,7 +56,7 @@ def expand_environment_parts(trainer: Any, given: int, weights: Sequence[float] 
     for index in reversed(range(given, len(trainer.reward_funcs))):
         reward_func, place = trainer.reward_funcs[index], slice(index, index + 1)
         parameter = inspect.signature(reward_func).parameters.get("_env_type")
-        environment = None if parameter is None else parameter.default
+        environment: Any = None if parameter is None else parameter.default
         names = part_names(environment)
         if names is not None:
             reward_func.__name__, reward_func.reward_names = environment.__name__, names
