@@ -218,7 +218,7 @@ def _measured(dataset: "Dataset", column: str) -> list[Any]:
 def _histogram(what: str, lengths: list[int], rows: int) -> list[str]:
     import numpy as np
 
-    middle, high = np.percentile(lengths, [50, 90])
+    middle, high = map(float, np.percentile(lengths, [50, 90]))
     part = f" of {len(lengths):,} of {rows:,} rows" if len(lengths) < rows else ""
     lines = [
         f"{what}{part}: mean {np.mean(lengths):,.0f}, median {middle:,.0f}, 90 % below {high:,.0f}, longest "
