@@ -159,7 +159,7 @@ def test_a_warm_up_without_a_full_batch(tmp_path, capsys, tiny_policy):
     data = write(tmp_path / "rows.jsonl", [{"prompt": "p", "completion": "x"}])
     settings = {"max_steps": -1, "dataloader_drop_last": True, "per_device_train_batch_size": 4}
     status, said = train(tmp_path, capsys, tiny_policy, data, "sft", **settings)
-    assert status == 2 and "has 1 examples and a batch 4" in said and "dataloader_drop_last" in said
+    assert status == 2 and "has 1 examples" in said and "dataloader_drop_last" in said
 
 
 @pytest.mark.parametrize(
