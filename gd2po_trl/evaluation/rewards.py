@@ -28,7 +28,7 @@ Scores = dict[str, dict[str, float | None]]
 
 @dataclass(frozen=True)
 class RewardRow(EvalRow):
-    """One prompt of the data set labelled `dataset`, with the columns of its row, which reward functions may read."""
+    """One prompt of the data set labeled `dataset`, with the columns of its row, which reward functions may read."""
 
     dataset: str
     columns: dict[str, Any] = field(default_factory=dict)

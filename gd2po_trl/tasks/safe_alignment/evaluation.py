@@ -37,7 +37,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class SafeAlignmentRow(EvalRow):
-    """One prompt of the data set labelled `dataset`, with its harm categories, if the data name them."""
+    """One prompt of the data set labeled `dataset`, with its harm categories, if the data name them."""
 
     dataset: str
     categories: tuple[str, ...] = ()
