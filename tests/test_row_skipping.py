@@ -91,7 +91,7 @@ def reduce(trainer, batches):
 def relative_error(trainer, batches) -> float:
     """Of the gradient over the trained rows, against TRL's over all rows."""
     trainer.model.train()
-    trainer.current_gradient_accumulation_steps = len(batches)
+    trainer.args.steps_per_generation = trainer.current_gradient_accumulation_steps = len(batches)
     trainer.model.zero_grad()
     for batch in batches:
         super(GD2POTrainer, trainer)._compute_loss(trainer.model, batch).backward()

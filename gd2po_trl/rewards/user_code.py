@@ -203,4 +203,6 @@ def _line_of(error: BaseException) -> str:
     if isinstance(error, SyntaxError):
         return ""  # says so itself
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
-    return f" ({frames[-1].filename}, line {frames[-1].lineno})" if len(frames) > 1 else ""
+    # A library that the code calls may come last: wandb wraps `sys.exit`.
+    own = [frame for frame in frames if "site-packages" not in frame.filename] or frames
+    return f" ({own[-1].filename}, line {own[-1].lineno})" if len(frames) > 1 else ""
