@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..run_log import LogHistory, reward_names, series
+from gd2po_trl.run_log import LogHistory, reward_names, series
 
 
 if TYPE_CHECKING:
@@ -87,8 +87,8 @@ def print_samples(
         rewards (`dict[str, Callable]`): Reward functions by name.
         console (`rich.console.Console`): Where to print.
     """
-    from ..progress import print_sample
-    from ..reward_guard import RewardGuard
+    from gd2po_trl.progress import print_sample
+    from gd2po_trl.reward_guard import RewardGuard
 
     prompts, answers = [row["prompt"] for row in rows], [row["answer"] for row in rows]
     scores: dict[str, dict[str, list[float | None]]] = {label: {} for label in completions}
