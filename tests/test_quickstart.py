@@ -286,6 +286,8 @@ def test_quickstart_trains_and_reports(tmp_path, capsys):
     # A second run does not overwrite the first.
     with pytest.raises(UsageError, match="holds a run"):
         main(["--output", str(tmp_path)])
+    with pytest.raises(UsageError, match="holds a run already"):  # one folder holds the run and its report
+        main(["--output_dir", str(tmp_path)])
 
 
 def test_the_default_folder_is_the_next_free_one(tmp_path, monkeypatch):

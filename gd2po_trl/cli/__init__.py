@@ -1,6 +1,7 @@
 """The `gd2po` command."""
 
 import difflib
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -30,6 +31,8 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that `argv` names; the exit status, which is 2 for a mistake of the user (one line)."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    # PEFT imports bitsandbytes wherever it is installed, which then says on some CPUs that a faster kernel is missing.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if not argv or argv[0] in ("-h", "--help", "help"):
         print("usage: gd2po COMMAND [options]\n\ncommands:")
         for name, summary in COMMANDS.items():

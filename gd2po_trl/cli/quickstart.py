@@ -41,7 +41,10 @@ def main(argv: list[str]) -> int:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--output", type=Path, metavar="DIR", help=f"(default: {DEFAULT_OUTPUT}, or the next one that is free)"
+        *("--output", "--output_dir", "--output-dir"),
+        type=Path,
+        metavar="DIR",
+        help=f"(default: {DEFAULT_OUTPUT}, or the next one that is free)",
     )
     parser.add_argument("--seed", type=int, default=1, metavar="N", help="of everything (default: %(default)s)")
     parser.add_argument(
