@@ -92,8 +92,8 @@ def survives_filter(
     """
     Which rollouts a conflict filter keeps: the one place where filters are defined.
 
-    A new one is a name in `CONFLICT_FILTERS` and a case here. Training, metrics, `gd2po analyze` and the recipes'
-    `conflict_filter` have it then; `METHODS` makes it a method.
+    A new one is a name in `CONFLICT_FILTERS` and a case here. Training, metrics and recipes have it then; `METHODS`
+    makes it a method, and `analysis/measures.py` chooses those that `gd2po analyze` reports.
 
     Args:
         conflict (`torch.Tensor`, bool): Whether the rewards disagree on a rollout.
@@ -107,7 +107,9 @@ def survives_filter(
         return torch.ones_like(conflict)
     if conflict_filter == "snr":
         return ~(conflict & (agreement.abs() < snr_threshold))
-    return ~conflict
+    if conflict_filter == "hard":
+        return ~conflict
+    raise NotImplementedError(f"the conflict filter {conflict_filter!r} has no case in `survives_filter`")
 
 
 def compute_advantages(

@@ -43,7 +43,8 @@ def method_title(args: GD2POConfig) -> str:
     decoupled = args.multi_objective_aggregation == "normalize_then_sum"
     if not decoupled:
         return METHOD_TITLES["grpo"]
-    closest = {"hard": "gd2po_hard", "snr": "gd2po_snr"}.get(args.conflict_filter or "", "gdpo")
+    decoupled_methods = [name for name in METHODS if name != "grpo"]
+    closest = next(name for name in decoupled_methods if METHODS[name].get("conflict_filter") == args.conflict_filter)
     return f"a variant of {METHOD_TITLES[closest]}"
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gd2po_trl.cli import convert_smollm2
+from gd2po_trl import smollm2 as convert_smollm2
 from gd2po_trl.errors import UsageError
 
 
