@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -214,7 +215,7 @@ def test_a_missing_attribute_of_trl_trains_everything_padded(tiny_policy, tmp_pa
 
 
 class LeakingAttention:
-    """What the self-check is for: packed attention that lets every branch see what stands before it."""
+    """What the self-check is for: packed attention that lets a branch see another one."""
 
     def __init__(self):
         from gd2po_trl.update import layout
@@ -223,7 +224,7 @@ class LeakingAttention:
 
     def __call__(self, layout, group):
         rectangle = self.rectangle(layout, group)
-        return type(rectangle)(rectangle.queries, rectangle.keys, None)
+        return replace(rectangle, keys=rectangle.keys.roll(1, dims=0), mask=None)
 
 
 def test_the_self_check_finds_a_leak(tiny_policy, tmp_path, monkeypatch, caplog):

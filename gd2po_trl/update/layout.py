@@ -107,18 +107,24 @@ class Rectangle:
     """
     Segments of like length as attention computes them: `n` rows of `L` queries and `S` keys.
 
+    Attention without a mask skips half of the work. So where roots are short, their queries are computed once more
+    before those of each segment, and a query sees every earlier key.
+
     Args:
         queries (`torch.Tensor` of shape `(n, L)`, int64):
             Positions in the flat row; padding on the right points to position 0.
         keys (`torch.Tensor` of shape `(n, S)`, int64):
-            The same for keys and values: the root, padded on the left, then the segment itself.
+            The same for keys and values: the root, padded on the left where there is a mask, then the segment itself.
         mask (`torch.Tensor` of shape `(n, 1, L, S)`, bool, or `None`):
             Which keys a query sees; `None` where that is every earlier one.
+        own (`torch.Tensor` of shape `(n, L)`, bool):
+            Which queries are those of the segments: neither padding nor of a root.
     """
 
     queries: torch.Tensor
     keys: torch.Tensor
     mask: torch.Tensor | None
+    own: torch.Tensor
 
 
 class AttentionLayout:
@@ -155,11 +161,9 @@ class AttentionLayout:
         """Place of each token of the flat row in the concatenated, flattened queries of the rectangles, `(N,)`."""
         order = torch.empty(self.num_tokens, dtype=torch.long, device=self.device)
         offset = 0
-        for group, rectangle in zip(self._groups, self.rectangles, strict=True):
-            lengths = self._column([self.segments[n].length for n in group])
-            is_token = torch.arange(rectangle.queries.size(1), device=self.device) < lengths
+        for rectangle in self.rectangles:
             places = torch.arange(rectangle.queries.numel(), device=self.device).view_as(rectangle.queries)
-            order[rectangle.queries[is_token]] = offset + places[is_token]
+            order[rectangle.queries[rectangle.own]] = offset + places[rectangle.own]
             offset += rectangle.queries.numel()
         return order
 
@@ -198,15 +202,21 @@ class AttentionLayout:
 
     def _rectangle(self, group: list[int]) -> Rectangle:
         lengths = [self.segments[n].length for n in group]
-        steps = torch.arange(max(lengths), device=self.device)
-        own = torch.where(steps < self._column(lengths), self._column([self.starts[n] for n in group]) + steps, 0)
-        if self.segments[group[0]].root is None:
-            return Rectangle(own, own, None)
         roots = [_root_length(self.segments, n) for n in group]
+        starts = self._column([self.starts[n] for n in group])
+        root_starts = self._column([self.starts[self.segments[n].root or 0] for n in group])
+        widest = max(root + length for root, length in zip(roots, lengths, strict=True))
+        if widest**2 < 2 * max(lengths) * (max(roots) + max(lengths)):
+            columns, size = torch.arange(widest, device=self.device), self._column(roots)
+            is_own = (columns >= size) & (columns < size + self._column(lengths))
+            rows = torch.where(columns < size, root_starts + columns, torch.where(is_own, starts + columns - size, 0))
+            return Rectangle(rows, rows, None, is_own)
+        steps = torch.arange(max(lengths), device=self.device)
+        is_own = steps < self._column(lengths)
+        own = torch.where(is_own, starts + steps, 0)
         padding = self._column([max(roots) - root for root in roots])
         columns = torch.arange(max(roots), device=self.device)
         is_root = columns >= padding
-        root_starts = self._column([self.starts[self.segments[n].root or 0] for n in group])
         keys = torch.cat([torch.where(is_root, root_starts + columns - padding, 0), own], dim=1)
         is_earlier = steps.unsqueeze(1) >= steps
         mask = torch.cat(
@@ -216,7 +226,7 @@ class AttentionLayout:
             ],
             dim=2,
         )
-        return Rectangle(own, keys, mask.unsqueeze(1))
+        return Rectangle(own, keys, mask.unsqueeze(1), is_own)
 
 
 @dataclass(frozen=True)
