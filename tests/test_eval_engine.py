@@ -368,7 +368,7 @@ class TestGeneration:
         ("changes", "message"),
         [
             ({"model": "no/such/folder"}, "No model 'no/such/folder'"),
-            ({"backend": "sglang"}, "'transformers' or 'vllm'"),
+            ({"backend": "sglang"}, "backend is 'sglang'"),
             ({"max_new_tokens": 0}, "max_new_tokens is 0"),
             ({"dtype": "int8"}, "dtype is 'int8'"),
             ({"max_model_len": 0}, "max_model_len is 0"),
