@@ -111,35 +111,119 @@ def conflict_metrics(
     return metrics
 
 
-def nothing_learned(batches: int, conflict_ratio: float, masked_ratio: float, masks_truncated: bool) -> str:
+def batch_numbers(
+    rewards: torch.Tensor,
+    breakdown: AdvantageBreakdown,
+    reward_names: Sequence[str],
+    num_generations: int,
+    snr_threshold: float,
+    token_counts: torch.Tensor,
+    reward_weights: torch.Tensor,
+) -> tuple[dict[str, float], list[list[float]]]:
     """
-    The warning for generation batches in which all advantages are zero, with the likely cause.
+    All that is logged and watched of a generation batch of B rollouts under K rewards, as numbers.
 
     Args:
-        batches (`int`): Such generation batches in a row.
-        conflict_ratio (`float`): Share of the last batch's rollouts on which the rewards conflict; NaN if none scored.
-        masked_ratio (`float`): Share of the last batch's rollouts without a token to train.
-        masks_truncated (`bool`): Whether completions that were cut off are masked.
+        rewards, breakdown, reward_names, num_generations, snr_threshold:
+            As for [`conflict_metrics`].
+        token_counts (`torch.Tensor` of shape `(B,)`):
+            Tokens to train of each rollout.
+        reward_weights (`torch.Tensor` of shape `(K,)`):
+            As for [`collapse_statistics`].
+
+    Returns:
+        `tuple` of [`conflict_metrics`], with `has_gradient` (0 or 1) and `masked_ratio`, the share of rollouts without
+        a token to train; and of [`collapse_statistics`].
     """
-    last = "generation batch, so it" if batches == 1 else f"{batches} generation batches, so they"
-    parts = [f"All advantages were zero in the last {last} gave no gradient."]
-    if masked_ratio < 1 and math.isnan(conflict_ratio):
-        parts.append("No reward scored any completion.")
-    elif masked_ratio < 1:
-        parts.append(
-            f"The rewards disagree on {conflict_ratio:.0%} of the rollouts. Where they do, `conflict_filter='snr'` "
-            "with a low `snr_threshold` keeps more of them; where they do not, all rollouts of a prompt have the same "
-            "rewards."
-        )
-    if masks_truncated and masked_ratio > 0:
-        parts.append(
-            f"{'All' if masked_ratio == 1 else f'{masked_ratio:.0%}'} of the completions were cut off, and "
-            "`mask_truncated_completions` masks them: raise `max_completion_length`, or turn "
-            "`mask_truncated_completions` off."
-        )
-    elif masked_ratio == 1:
-        parts.append("No completion has a token to train.")
-    return " ".join(parts)
+    metrics = conflict_metrics(rewards, breakdown, reward_names, num_generations, snr_threshold)
+    metrics["has_gradient"] = (breakdown.advantages != 0).any()
+    metrics["masked_ratio"] = (token_counts == 0).float().mean()
+    signs = collapse_statistics(rewards, breakdown, reward_weights)
+    # The only wait for the device: all numbers in one copy.
+    numbers = torch.cat([torch.stack([value.float() for value in metrics.values()]), signs.flatten()]).tolist()
+    values, rest = numbers[: len(metrics)], numbers[len(metrics) :]
+    return dict(zip(metrics, values, strict=True)), torch.tensor(rest).view(3, -1).tolist()
+
+
+# What is wrong with a batch: each is said at the first such batch in a row, and rarely then.
+SAID_AT = (1, 10, 100, 1000)
+
+
+def infinite_rewards(rewards: torch.Tensor, names: Sequence[str]) -> str | None:
+    """The error of a batch of rewards (B, K) with infinite ones, the same on every process; `None` without any."""
+    infinite = torch.isinf(rewards).sum(0).tolist()
+    if not any(infinite):
+        return None
+    culprits = [name for name, count in zip(names, infinite, strict=True) if count]
+    return (
+        f"The reward function{'s' if len(culprits) > 1 else ''} {', '.join(map(repr, culprits))} returned "
+        f"{sum(infinite):.0f} infinite rewards in a batch of {len(rewards)}. Return a finite number, or None "
+        "for a completion that cannot be scored."
+    )
+
+
+class SilentRewards:
+    """Notices a reward of `names` that scores nothing: it counts as if it were not there, its mean is nan."""
+
+    def __init__(self, names: Sequence[str]):
+        self._names, self._batches = list(names), [0] * len(names)
+
+    def after_batch(self, rewards: torch.Tensor) -> list[str]:
+        """
+        What to say after a generation batch with rewards (B, K), nan where there is none: at the first one in a row
+        that a reward does not score, and rarely then.
+        """
+        messages = []
+        for index, is_silent in enumerate(torch.isnan(rewards).all(0).tolist()):
+            count = self._batches[index] = self._batches[index] + 1 if is_silent else 0
+            if count in SAID_AT:
+                messages.append(
+                    f"The reward '{self._names[index]}' scored no completion of {count} generation batch(es) in a "
+                    "row: it returned None or nan for each, and counts as if it were not there."
+                )
+        return messages
+
+
+class GradientWatch:
+    """Notices generation batches in which all advantages are zero."""
+
+    def __init__(self) -> None:
+        self._batches = 0
+
+    def after_batch(
+        self, has_gradient: bool, conflict_ratio: float, masked_ratio: float, masks_truncated: bool
+    ) -> str | None:
+        """
+        A warning with the likely cause, or `None`.
+
+        Args:
+            has_gradient (`bool`): Whether an advantage of the batch is not zero.
+            conflict_ratio (`float`): Share of its rollouts on which the rewards conflict; NaN if none is scored.
+            masked_ratio (`float`): Share of its rollouts without a token to train.
+            masks_truncated (`bool`): Whether completions that were cut off are masked.
+        """
+        self._batches = 0 if has_gradient else self._batches + 1
+        if self._batches not in SAID_AT:
+            return None
+        last = "generation batch, so it" if self._batches == 1 else f"{self._batches} generation batches, so they"
+        parts = [f"All advantages were zero in the last {last} gave no gradient."]
+        if masked_ratio < 1 and math.isnan(conflict_ratio):
+            parts.append("No reward scored any completion.")
+        elif masked_ratio < 1:
+            parts.append(
+                f"The rewards disagree on {conflict_ratio:.0%} of the rollouts. Where they do, "
+                "`conflict_filter='snr'` with a low `snr_threshold` keeps more of them; where they do not, all "
+                "rollouts of a prompt have the same rewards."
+            )
+        if masks_truncated and masked_ratio > 0:
+            parts.append(
+                f"{'All' if masked_ratio == 1 else f'{masked_ratio:.0%}'} of the completions were cut off, and "
+                "`mask_truncated_completions` masks them: raise `max_completion_length`, or turn "
+                "`mask_truncated_completions` off."
+            )
+        elif masked_ratio == 1:
+            parts.append("No completion has a token to train.")
+        return " ".join(parts)
 
 
 # A reward that falls because a filter drops what would raise it

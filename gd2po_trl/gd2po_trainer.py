@@ -2,26 +2,23 @@
 
 import math
 import textwrap
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather, gather_object
-from torch import nn
 from trl import GRPOConfig
 
 from .advantages import AdvantageBreakdown, compute_advantages
 from .datasets.prompts import opened_thoughts
-from .diagnostics import CollapseWatch, collapse_statistics, conflict_metrics, nothing_learned
+from .diagnostics import CollapseWatch, GradientWatch, SilentRewards, batch_numbers, infinite_rewards
 from .errors import RewardError
 from .estimators import load_estimator
 from .gd2po_config import METHODS, GD2POConfig
-from .preflight import check_before_loading, check_reward_names, check_trainable
+from .preflight import check_before_loading, check_reward_names, check_trainable, shared_names
 from .reward_gates import RewardGates
-from .reward_guard import RewardGuard, SilentRewards, name_of
+from .reward_guard import RewardGuard
 from .reward_parts import expand_environment_parts, expand_parts, part_names
 from .schedules import check_weight_schedules, read_weight_schedules, weights_at
 from .trl_workarounds import PatchedGRPOTrainer, fill_missing_columns
@@ -130,14 +127,8 @@ class GD2POTrainer(PatchedGRPOTrainer):
 
         if is_plain_grpo_config:
             logger.info(f"A plain GRPOConfig was given: GD²PO runs with its defaults, {METHODS['gd2po_hard']}.")
-        for message in args.ineffective_settings():
+        for message in (*args.ineffective_settings(), *shared_names(self.reward_func_names)):
             logger.warning(message)
-        if len(set(self.reward_func_names)) < len(self.reward_func_names):
-            logger.warning(
-                f"Several reward functions share a name ({', '.join(self.reward_func_names)}): TRL mixes their "
-                "columns in the log and in the completions table. Give each a `__name__` of its own."
-            )
-
         self._validation = Validation(self)
         self.add_callback(self._validation)
         prefill = partial(
@@ -146,24 +137,17 @@ class GD2POTrainer(PatchedGRPOTrainer):
             **{"chat_template": self.chat_template, **self.chat_template_kwargs},
         )
         self._reward_guard = RewardGuard(args.reward_timeout, self.accelerator.num_processes > 1, prefill)
-        for call in {func.shared_call for func in self.reward_funcs if hasattr(func, "shared_call")}:
-            call.func = self._reward_guard.wrap(call.func, name_of(call.func))
-        self.reward_funcs = [
-            func
-            if isinstance(func, nn.Module) or hasattr(func, "shared_call")
-            else self._reward_guard.wrap(func, name)
-            for func, name in zip(self.reward_funcs, self.reward_func_names, strict=True)
-        ]
+        self.reward_funcs = self._reward_guard.wrap_all(self.reward_funcs, self.reward_func_names)
         gates: Any = args.reward_gates  # a mapping, of which a config may be given the JSON
         self._gates = RewardGates(gates, self.reward_func_names, args.closed_gate_reward)
         self._captured_rewards: torch.Tensor | None = None
-        self._batches_without_gradient = 0
         if args.update_share < 1:
             # Versions of TRL without this attribute may have an auxiliary loss.
             refuse_update_share(args, has_auxiliary_loss=getattr(self, "aux_loss_enabled", True))
             self.add_callback(UpdateBudget())
         self._collapse_watch = CollapseWatch(self.reward_func_names)
         self._silent_rewards = SilentRewards(self.reward_func_names)
+        self._gradient_watch = GradientWatch()
         self._update = Update(self, super()._get_per_token_logps_and_entropies)
 
     # Advantages
@@ -173,14 +157,8 @@ class GD2POTrainer(PatchedGRPOTrainer):
         if self._reward_guard.defer:
             self._reward_guard.raise_failures(gather_object)
         fill_missing_columns(self._pending_extra_logs, self._logs["extra"], len(prompts))
-        infinite = torch.isinf(rewards).sum(0).tolist()  # identical on every process, so all raise or none
-        if any(infinite):
-            culprits = [name for name, count in zip(self.reward_func_names, infinite, strict=True) if count]
-            raise RewardError(
-                f"The reward function{'s' if len(culprits) > 1 else ''} {', '.join(map(repr, culprits))} returned "
-                f"{sum(infinite):.0f} infinite rewards in a batch of {len(rewards)}. Return a finite number, or None "
-                "for a completion that cannot be scored."
-            )
+        if problem := infinite_rewards(rewards, self.reward_func_names):  # on every process
+            raise RewardError(problem)
         if self.model.training:
             for message in self._silent_rewards.after_batch(rewards):
                 logger.warning(message)
@@ -195,21 +173,16 @@ class GD2POTrainer(PatchedGRPOTrainer):
         return self._captured_rewards
 
     def _generate_and_score_completions(self, inputs):
-        with self._weights_of_the_step():
-            return self._generate_and_score(inputs)
-
-    @contextmanager
-    def _weights_of_the_step(self) -> Iterator[None]:
-        """Replace `reward_weights` by the scheduled weights, which TRL's own advantages then use as well."""
         weights = self.reward_weights
         if self._weight_schedules and self.model.training:
             names = self.reward_func_names
             current = weights_at(self.state.global_step, self._weight_schedules, names, weights.tolist())
+            # TRL's own advantages use them as well.
             self.reward_weights = weights.new_tensor(current)
             for name, weight in zip(names, current, strict=True):
                 self._metrics["train"][f"gd2po/reward_weight/{name}"].append(weight)
         try:
-            yield
+            return self._generate_and_score(inputs)
         finally:
             self.reward_weights = weights
 
@@ -261,12 +234,6 @@ class GD2POTrainer(PatchedGRPOTrainer):
         for name, value in budget_metrics(advantages, drawn).items():
             self._metrics["train"][f"gd2po/{name}"].append(value)
 
-    def _replace_logged_advantages(self, advantages: torch.Tensor) -> None:
-        logged = self._logs["advantages"]
-        for _ in range(min(len(logged), len(advantages))):
-            logged.pop()
-        logged.extend(advantages.tolist())
-
     def _log_breakdown(
         self,
         mode: str,
@@ -276,15 +243,15 @@ class GD2POTrainer(PatchedGRPOTrainer):
         num_generations: int,
         is_decoupled: bool,
     ) -> None:
-        metrics = conflict_metrics(
-            rewards, breakdown, self.reward_func_names, num_generations, self.args.snr_threshold
+        values, signs = batch_numbers(
+            rewards,
+            breakdown,
+            self.reward_func_names,
+            num_generations,
+            self.args.snr_threshold,
+            token_counts,
+            self.reward_weights.to(rewards.device),
         )
-        metrics["has_gradient"] = (breakdown.advantages != 0).any()
-        metrics["masked_ratio"] = (token_counts == 0).float().mean()
-        signs = collapse_statistics(rewards, breakdown, self.reward_weights.to(rewards.device))
-        # The only wait for the device: all numbers in one copy.
-        numbers = torch.cat([torch.stack([value.float() for value in metrics.values()]), signs.flatten()]).tolist()
-        values, signs = dict(zip(metrics, numbers, strict=False)), numbers[len(metrics) :]
         has_gradient, masked_ratio = values.pop("has_gradient") > 0, values.pop("masked_ratio")
         for name, value in values.items():
             if not math.isnan(value):  # nothing to average, such as the agreement of conflicting rollouts without any
@@ -294,20 +261,15 @@ class GD2POTrainer(PatchedGRPOTrainer):
             self._metrics[mode]["frac_reward_zero_std"][-1] = values["frac_groups_without_signal"]
             self._replace_logged_advantages(breakdown.advantages)
             if mode == "train":
-                self._warn_if_nothing_is_learned(has_gradient, values["conflict_ratio"], masked_ratio)
-                warning = self._collapse_watch.update(torch.tensor(signs).view(3, -1).tolist())
-                if warning:
-                    logger.warning(warning)
+                conflict_ratio, masks_truncated = values["conflict_ratio"], self.mask_truncated_completions
+                for warning in (
+                    self._gradient_watch.after_batch(has_gradient, conflict_ratio, masked_ratio, masks_truncated),
+                    self._collapse_watch.update(signs),
+                ):
+                    if warning:
+                        logger.warning(warning)
         for column in ("kept", "conflict", "agreement"):
             self._logs["extra"][f"gd2po_{column}"].extend(getattr(breakdown, column).tolist())
-
-    def _warn_if_nothing_is_learned(self, has_gradient: bool, conflict_ratio: float, masked_ratio: float) -> None:
-        self._batches_without_gradient = 0 if has_gradient else self._batches_without_gradient + 1
-        if self._batches_without_gradient in (1, 10, 100, 1000):
-            masks_truncated = self.mask_truncated_completions
-            logger.warning(
-                nothing_learned(self._batches_without_gradient, conflict_ratio, masked_ratio, masks_truncated)
-            )
 
     # Validation
 

@@ -4,7 +4,7 @@ import copy
 import difflib
 import importlib.util
 import inspect
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -117,6 +117,16 @@ def check_reward_names(names: Iterable[str]) -> None:
                 f"A reward is called {name!r}, which is a column of the completions table that it would replace. "
                 "Give it another `__name__` (in a recipe: another label, with its `type` in `reward_kwargs`)."
             )
+
+
+def shared_names(names: Sequence[str]) -> list[str]:
+    """The warning about rewards that share a name, if any do."""
+    if len(set(names)) == len(names):
+        return []
+    return [
+        f"Several reward functions share a name ({', '.join(names)}): TRL mixes their columns in the log and in the "
+        "completions table. Give each a `__name__` of its own."
+    ]
 
 
 def check_trainable(model: nn.Module) -> None:

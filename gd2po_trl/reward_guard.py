@@ -177,6 +177,15 @@ class RewardGuard:
         self._failures: list[str] = []
         self._names: set[str] = set()
 
+    def wrap_all(self, reward_funcs: Sequence[Any], names: Sequence[str]) -> list[Any]:
+        """The rewards of a trainer under guard: a function with parts once, reward models not at all."""
+        for call in {func.shared_call for func in reward_funcs if hasattr(func, "shared_call")}:
+            call.func = self.wrap(call.func, name_of(call.func))
+        return [
+            func if isinstance(func, torch.nn.Module) or hasattr(func, "shared_call") else self.wrap(func, name)
+            for func, name in zip(reward_funcs, names, strict=True)
+        ]
+
     def wrap(self, reward_func: Callable, name: str) -> Callable:
         """
         `reward_func`, sync or async, under guard; TRL calls it with keyword arguments and `prompts` among them.
@@ -290,28 +299,6 @@ class RewardGuard:
             raise RewardError(message) from cause
         self._failures.append(f"{message}\n{''.join(traceback.format_exception(cause))}")
         return [None] * num_completions
-
-
-class SilentRewards:
-    """Notices a reward of `names` that scores nothing: it counts as if it were not there, its mean is nan."""
-
-    def __init__(self, names: Sequence[str]):
-        self._names, self._batches = list(names), [0] * len(names)
-
-    def after_batch(self, rewards: torch.Tensor) -> list[str]:
-        """
-        What to say after a generation batch with rewards (B, K), nan where there is none: at the first one in a row
-        that a reward does not score, and rarely then.
-        """
-        messages = []
-        for index, is_silent in enumerate(torch.isnan(rewards).all(0).tolist()):
-            count = self._batches[index] = self._batches[index] + 1 if is_silent else 0
-            if count in (1, 10, 100, 1000):
-                messages.append(
-                    f"The reward '{self._names[index]}' scored no completion of {count} generation batch(es) in a "
-                    "row: it returned None or nan for each, and counts as if it were not there."
-                )
-        return messages
 
 
 def _text_of(error: BaseException) -> str:

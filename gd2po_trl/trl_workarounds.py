@@ -130,6 +130,12 @@ class PatchedGRPOTrainer(GRPOTrainer):
         make_writable(self._logs)
         super().log(*args, **kwargs)
 
+    def _replace_logged_advantages(self, advantages: torch.Tensor) -> None:
+        logged = self._logs["advantages"]
+        for _ in range(min(len(logged), len(advantages))):
+            logged.pop()
+        logged.extend(advantages.tolist())
+
     def _use_table_of_mode(self) -> None:
         self._logs = self._logs_of_mode["train" if self.model.training else "eval"]
 

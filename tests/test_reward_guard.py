@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM
 
 from gd2po_trl import GD2POTrainer
 from gd2po_trl.cli import main
-from gd2po_trl.reward_guard import RewardError, RewardGuard, SilentRewards
+from gd2po_trl.diagnostics import SilentRewards
+from gd2po_trl.reward_guard import RewardError, RewardGuard
 from gd2po_trl.trl_workarounds import fill_missing_columns, make_writable
 
 

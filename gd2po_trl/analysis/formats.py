@@ -177,7 +177,7 @@ def _parquet_chunks(file: Path, columns: Sequence[str] | None) -> Iterator[pd.Da
         present = table.schema_arrow.names
         selected = None if columns is None else [name for name in present if name in columns]
         for batch in table.iter_batches(CHUNK_ROWS, columns=selected):
-            # Nested columns become Python lists and dicts, and are the only ones for which pandas is no help.
+            # Nested columns become Python lists and dicts; pandas converts all others.
             yield pd.DataFrame(
                 {
                     name: pd.Series(column.to_pylist(), dtype=object)

@@ -180,7 +180,7 @@ class _Counts:
         deviation = groups.centered(terms, self.scored[:, None])
         total = deviation.sum(1)
         products, squares = groups.sum(deviation * total[:, None]), groups.sum(total * total)
-        # What rounding leaves of a constant sum is no variance.
+        # The sum of a constant column varies by rounding alone; that does not count as variance.
         alive = squares > (RESIDUE * np.maximum.reduceat(np.abs(terms).max(1), groups.starts)) ** 2
         if not alive.any():
             return np.full(terms.shape[1], np.nan)

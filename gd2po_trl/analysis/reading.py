@@ -31,8 +31,8 @@ from .formats import (
 from .weights import exact_weights, logged_rewards
 
 
-# Numeric columns that are no rewards. A numeric column that a reward function logs by `log_extra` looks like a reward;
-# the run's `trainer_state.json`, where there is one, tells them apart.
+# Numeric columns that are not rewards. A numeric column that a reward function logs by `log_extra` looks like a
+# reward; the run's `trainer_state.json`, where there is one, tells them apart.
 NOT_A_REWARD = re.compile(
     r"gd2po_.*|steps?|global_steps?|gen_step|epoch|iteration|advantages?|__index_level_\d+__|unnamed: \d+|index|idx|id"
     r"|uid|.*_(id|idx|index)|rank|seed|timestamp|time|loss|entropy|kl|temperature|num_turns|num_tokens"
