@@ -18,7 +18,7 @@ COMMANDS = {
     "generate": "complete prompts with a trained policy",
     "chat": "talk to a trained policy",
     "merge": "merge a trained adapter into the weights of its model",
-    "eval": "evaluate a policy: api-bank, safe-alignment, rewards",
+    "eval": "evaluate a policy: api-bank, bfcl, safe-alignment, rewards",
     "analyze": "report how far the rewards in a run's completions conflict",
     "compare": "train the four methods over several seeds and compare them",
     "recipes": "list, show or copy the recipes that come with the package",
