@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from .errors import one_line
+
 
 CONFLICT_FILTERS = ("hard", "snr", None)
 CONSENSUS_WEIGHTINGS = ("before_whitening", "after_whitening", None)
@@ -294,7 +296,7 @@ def _estimate(
         with torch.no_grad():
             combined = estimator(inputs[first], num_generations, **further)
     except Exception as error:
-        raise ValueError(f"{name} raised {type(error).__name__}: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{name} raised {type(error).__name__}: {one_line(error)}") from error
     if not isinstance(combined, torch.Tensor) or combined.shape != scored.shape or not combined.is_floating_point():
         what = f"{combined.dtype} of shape {tuple(combined.shape)}" if isinstance(combined, torch.Tensor) else combined
         raise ValueError(

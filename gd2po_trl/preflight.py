@@ -12,7 +12,7 @@ from datasets import Dataset, IterableDataset
 from torch import nn
 
 from .datasets.prompts import check_prompts_render
-from .errors import UsageError
+from .errors import UsageError, one_line
 from .estimators import check_estimator, load_estimator
 from .reward_gates import check_gates
 from .reward_guard import name_of, refused_arguments, required_arguments, takes_no_kwargs
@@ -303,7 +303,7 @@ def _check_optimizer(training: Any) -> torch.optim.Optimizer:
                 raise ValueError(f"{option} has no effect.")
         return torch.optim.SGD(parameters) if is_optimizer_factory(kind) else kind(parameters, **kwargs)
     except (ImportError, ValueError, TypeError, KeyError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         if "pass a" in reason and "model" in reason:  # it is installed, and looks for layers by their names
             return torch.optim.SGD(parameters)
         raise UsageError(f"{keys} cannot be used: {reason}") from error
@@ -318,5 +318,5 @@ def _check_schedule(training: Any, optimizer: torch.optim.Optimizer) -> None:
     except (ValueError, TypeError) as error:
         raise UsageError(
             f"`lr_scheduler_type: {getattr(kind, 'value', kind)}` with `lr_scheduler_kwargs: {kwargs or None}` cannot "
-            f"be used: {' '.join(str(error).split())}"
+            f"be used: {one_line(error)}"
         ) from error

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .errors import RewardError
+from .errors import RewardError, one_line
 from .reward_parts import is_async, part_names
 from .run_log import is_table_column
 
@@ -281,7 +281,7 @@ class RewardGuard:
                 "faster, or raise `reward_timeout`."
             )
         if isinstance(error, _Left):
-            kind, text = type(error.reason).__name__, _text_of(error.reason)
+            kind, text = type(error.reason).__name__, one_line(error.reason)
             hint = " by `exit()`, perhaps in code that it executes" if isinstance(error.reason, SystemExit) else ""
             return (
                 f"The reward function '{name}' raised {kind}{f': {text}' if text else ''}{hint}, which would have "
@@ -290,7 +290,7 @@ class RewardGuard:
         remedy = "A reward function must return None for a completion that it cannot score."
         if isinstance(error, TypeError):
             remedy = "It must take every argument that it is given by name, and return None where it cannot score."
-        text = _text_of(error).rstrip(".")
+        text = one_line(error).rstrip(".")
         return f"The reward function '{name}' raised {type(error).__name__}{f': {text}' if text else ''}. {remedy}"
 
     def _fail(self, message: str, num_completions: int, error: Exception) -> list[float | None]:
@@ -299,14 +299,6 @@ class RewardGuard:
             raise RewardError(message) from cause
         self._failures.append(f"{message}\n{''.join(traceback.format_exception(cause))}")
         return [None] * num_completions
-
-
-def _text_of(error: BaseException) -> str:
-    """What an exception says, in one line; its `__str__` is foreign code too."""
-    try:
-        return " ".join(str(error).split())
-    except Exception:
-        return ""
 
 
 class _TimeIsUp(Exception):

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError
+from ..errors import UsageError, one_line
 from ..terminal import set_up_logging
 from ..user_input import is_hub_id
 
@@ -118,7 +118,7 @@ def load_pipeline(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     try:
         generator = pipeline("text-generation", model=name, dtype=arguments.dtype)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
-        raise UsageError(f"--model '{name}' cannot be loaded: {' '.join(str(error).split())[:600]}") from error
+        raise UsageError(f"--model '{name}' cannot be loaded: {one_line(error)[:600]}") from error
     tokenizer = generator.tokenizer
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:

@@ -5,7 +5,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from ..errors import UsageError
+from ..errors import UsageError, one_line
 from ..terminal import set_up_logging
 from ..user_input import is_hub_id
 
@@ -68,7 +68,7 @@ def merge(adapter: str, output: Path, *, base: str | None = None, dtype: str = "
     try:
         base = base or PeftConfig.from_pretrained(adapter).base_model_name_or_path
     except (OSError, ValueError, TypeError, KeyError, json.JSONDecodeError) as error:
-        raise UsageError(f"'{adapter}' is no adapter that can be read: {' '.join(str(error).split())}") from error
+        raise UsageError(f"'{adapter}' is no adapter that can be read: {one_line(error)}") from error
     if not base:
         raise UsageError(f"The adapter '{adapter}' does not name its base model; give it with --base.")
     if (Path(base) / "adapter_config.json").is_file():
@@ -80,7 +80,7 @@ def merge(adapter: str, output: Path, *, base: str | None = None, dtype: str = "
         stored = AutoConfig.from_pretrained(base).dtype
         model = AutoModelForCausalLM.from_pretrained(base, dtype="float32")
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise UsageError(
             f"The base model '{base}' of the adapter cannot be loaded; --base names another: {reason}"
         ) from error
@@ -89,7 +89,7 @@ def merge(adapter: str, output: Path, *, base: str | None = None, dtype: str = "
     try:
         model = PeftModel.from_pretrained(model, adapter)
     except (OSError, ValueError, RuntimeError) as error:
-        raise UsageError(f"'{adapter}' does not fit '{base}': {' '.join(str(error).split())[:400]}") from error
+        raise UsageError(f"'{adapter}' does not fit '{base}': {one_line(error)[:400]}") from error
     if not hasattr(model, "merge_and_unload"):
         raise UsageError(f"Adapters of type {model.peft_config['default'].peft_type} cannot be merged into weights.")
     model = model.merge_and_unload()

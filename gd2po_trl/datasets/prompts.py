@@ -8,7 +8,7 @@ from functools import lru_cache
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UsageError
+from ..errors import UsageError, one_line
 from ..messages import text_of
 from .sources import DatasetReport, Source, checked_prompt, drop_rows, iterate_rows, load_rows, require_columns
 
@@ -90,7 +90,7 @@ def render_conversations(
         try:
             tokenizer.apply_chat_template(conversation, tokenize=False, **options)
         except Exception as error:
-            reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+            reason = one_line(error).rstrip(".") or type(error).__name__
             raise UsageError(
                 f"the chat template refuses row {row} of the data (roles: "
                 f"{', '.join(str(message.get('role')) for message in conversation)}): {reason}. "

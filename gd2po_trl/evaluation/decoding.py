@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError
+from ..errors import UsageError, one_line
 from .settings import GenerationSettings
 
 
@@ -48,7 +48,9 @@ class Decoder:
             self.tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
             config = AutoConfig.from_pretrained(settings.model).get_text_config()
         except Exception as error:  # `tokenizers` raises a bare one for a damaged file
-            raise UsageError(f"Cannot load the tokenizer and config of {source}: {_one_line(error)}") from error
+            raise UsageError(
+                f"Cannot load the tokenizer and config of {source}: {one_line(error, type(error).__name__)}"
+            ) from error
         try:
             stop = GenerationConfig.from_pretrained(settings.model).eos_token_id
         except OSError:
@@ -162,7 +164,9 @@ class TransformersDecoder(Decoder):
                 # Not merged into the weights: merging would round them to their dtype.
                 model = PeftModel.from_pretrained(model, settings.adapter)
         except Exception as error:  # each file format and each adapter has errors of its own
-            raise UsageError(f"Cannot load {settings.adapter or settings.model}: {_one_line(error)}") from error
+            raise UsageError(
+                f"Cannot load {settings.adapter or settings.model}: {one_line(error, type(error).__name__)}"
+            ) from error
         if self.tokenizer.pad_token_id is None:
             if not self.stop_ids:
                 raise UsageError(f"The tokenizer of {settings.model} has neither a padding nor an end token.")
@@ -260,10 +264,6 @@ class VLLMDecoder(Decoder):
             lora_request=self.lora_request,
         )
         return [list(output.outputs[0].token_ids) for output in outputs]
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _as_list(value: int | list[int] | None) -> list[int]:

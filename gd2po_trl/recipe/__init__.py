@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError
+from ..errors import UsageError, one_line
 from .arguments import DatasetArguments, RecipeArguments
 from .catalog import find_recipe
 from .files import merge_layers, read_recipe_file
@@ -140,7 +140,7 @@ def parse_recipe(
     except UsageError:
         raise
     except (ValueError, TypeError, ImportError, ArithmeticError, RuntimeError, OSError) as error:
-        raise UsageError(" ".join(str(error).split())) from error
+        raise UsageError(one_line(error)) from error
     model = parsed[-1]
     if model.model_name_or_path is None:
         raise UsageError("`model_name_or_path` is missing: name the policy's folder or Hub id.")

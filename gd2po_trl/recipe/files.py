@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from ..errors import UsageError
+from ..errors import UsageError, one_line
 from ..user_input import as_mapping
 
 
@@ -116,7 +116,7 @@ def _parse(text: str, path: Path) -> dict[str, Any]:
                 for key, value in content.items()
             }
     except (yaml.YAMLError, ValueError) as error:  # the latter for a date that no calendar has
-        raise UsageError(f"Recipe '{path}' is not valid YAML: {' '.join(str(error).split())}") from error
+        raise UsageError(f"Recipe '{path}' is not valid YAML: {one_line(error)}") from error
     except RecursionError as error:
         raise UsageError(f"Recipe '{path}' is nested too deeply.") from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):

@@ -9,10 +9,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError
+from ..errors import UsageError, one_line
 from ..reward_parts import is_async, part_names
 from ..user_input import is_hub_id
-from .user_code import build_object, import_object, is_dotted_path, one_line, path_of_file
+from .user_code import build_object, import_object, is_dotted_path, path_of_file
 
 
 # Short name -> module and builder. A builder takes the keyword arguments of a recipe and returns a reward function.
@@ -178,7 +178,9 @@ def load_reward(reward_func: Any) -> None:
         raise
     except Exception as error:
         kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
-        raise UsageError(f"The reward '{label}' cannot be loaded: {kind}{one_line(error)}") from error
+        raise UsageError(
+            f"The reward '{label}' cannot be loaded: {kind}{one_line(error, 'it says nothing')}"
+        ) from error
 
 
 def _named(reward_func: Callable, label: str, *, wrap: bool = False) -> Any:

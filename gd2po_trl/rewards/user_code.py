@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..errors import UsageError
+from ..errors import UsageError, one_line
 
 
 _DOTTED_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
@@ -108,15 +108,10 @@ def build_object(
         raise
     except BaseException as error:  # whatever the class does
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise UsageError(f"{what}: {kind}{one_line(error)}") from error
+        raise UsageError(f"{what}: {kind}{one_line(error, 'it says nothing')}") from error
     if not callable(instance):
         raise UsageError(f"{what} is a {target.__name__}, which has no `__call__`.")
     return instance
-
-
-def one_line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    return " ".join(str(error).split()) or "it says nothing"
 
 
 def _check_names(target: Any, what: str, kwargs: dict[str, Any], reserved: Collection[str]) -> None:
@@ -151,7 +146,7 @@ def _import_module(path: str, module_name: str, where: str, beside: Path | None)
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # whatever the module does while it is imported, `exit()` included
-        reason = f"{type(error).__name__}: {one_line(error)}{_line_of(error)}"
+        reason = f"{type(error).__name__}: {one_line(error, 'it says nothing')}{_line_of(error)}"
         raise UsageError(f"{where}, and importing {module_name} failed: {reason}.") from error
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..datasets import load_dataset_by_name
-from ..errors import RewardError, UsageError
+from ..errors import RewardError, UsageError, one_line
 from ..estimators import load_estimator
 from ..preflight import check_packages, check_progress
 from ..recipe import Recipe
@@ -140,7 +140,7 @@ def one_clear_error() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, ImportError, SafetensorError, RewardError) as error:
-        raise UsageError(" ".join(str(error).split())) from error
+        raise UsageError(one_line(error)) from error
     except TypeError as error:
         if "unexpected keyword argument" not in str(error):
             raise

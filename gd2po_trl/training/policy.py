@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UsageError
+from ..errors import UsageError, one_line
 from ..recipe import Recipe
 from ..user_input import is_hub_id
 
@@ -75,7 +75,7 @@ def read_adapter(recipe: Recipe) -> "PeftConfig | None":
     except (OSError, ValueError, TypeError, KeyError) as error:
         if not (Path(name) / "adapter_config.json").is_file():
             return None  # not an adapter; loading it as a model gives the error
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise UsageError(
             f"`model_name_or_path` is '{name}', an adapter whose adapter_config.json cannot be read: {reason}"
         ) from error
@@ -95,7 +95,7 @@ def _reason_not_to_load(name: str, revision: str | None, recipe: Recipe) -> str 
     try:
         AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=recipe.training.trust_remote_code)
     except (OSError, ValueError) as error:
-        return " ".join(str(error).split())
+        return one_line(error)
     return None
 
 
