@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from .errors import one_line
+from .user_input import is_number
 
 
 CONFLICT_FILTERS = ("hard", "snr", None)
@@ -76,15 +77,13 @@ def check_choice(field: str, value: object, allowed: Sequence[object]) -> None:
 
 def check_snr_threshold(value: Any) -> None:
     """Raise a `ValueError` unless `value` is a number in [0, 1]."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not 0.0 <= value <= 1.0:
+    if not is_number(value) or not 0.0 <= value <= 1.0:
         raise ValueError(f"`snr_threshold` is {value!r}; it must be a number in [0, 1] (the published runs use 0.8).")
 
 
 def check_update_share(value: Any) -> None:
     """Raise a `ValueError` unless `value` is a number in (0, 1]."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not 0.0 < value <= 1.0:
+    if not is_number(value) or not 0.0 < value <= 1.0:
         raise ValueError(f"`update_share` is {value!r}; it must be a number above 0 and at most 1 (1 trains all).")
 
 

@@ -24,7 +24,7 @@ from .reward_gates import CLOSED_GATE_REWARDS, parse_gates
 from .schedules import read_weight_schedules
 from .update.budget import refuse_update_share
 from .update.rows import LOSS_DENOMINATORS
-from .user_input import as_mapping, check_ranges
+from .user_input import as_mapping, check_ranges, is_number
 
 
 if TYPE_CHECKING:
@@ -180,9 +180,7 @@ class GD2POConfig(GRPOConfig):
         ):
             check_choice(name, getattr(self, name), (True, False))
         timeout = self.reward_timeout
-        if timeout is not None and (
-            isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or timeout <= 0
-        ):
+        if timeout is not None and (not is_number(timeout) or timeout <= 0):
             raise ValueError(f"`reward_timeout` is {timeout!r}; it must be a positive number of seconds or null.")
         # TRL refuses these after the first generation, or with an error that does not name the field.
         check_choice("loss_type", self.loss_type, tuple(LOSS_DENOMINATORS))
@@ -192,9 +190,7 @@ class GD2POConfig(GRPOConfig):
         if self.num_generations < 2:
             raise ValueError(f"`num_generations` is {self.num_generations}; it must be at least 2, to be compared.")
         warmth = self.eval_temperature
-        if warmth is not None and (
-            isinstance(warmth, bool) or not isinstance(warmth, (int, float)) or not 0 <= warmth < float("inf")
-        ):
+        if warmth is not None and (not is_number(warmth) or not 0 <= warmth < float("inf")):
             raise ValueError(f"`eval_temperature` is {warmth!r}; it must be a number of at least 0, or null.")
         super().__post_init__()
         check_choice("scale_rewards", self.scale_rewards, SCALE_REWARDS)

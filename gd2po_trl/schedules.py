@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .errors import UsageError
-from .user_input import as_mapping
+from .user_input import as_mapping, is_number
 
 
 KINDS = ("constant", "linear", "steps")
@@ -76,8 +76,7 @@ def _step(name: Any, step: Any) -> int:
 
 
 def _factor(name: Any, value: Any) -> float:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not 0 <= value <= 1e30:
+    if not is_number(value) or not 0 <= value <= 1e30:
         raise _error(
             name, value, "as a factor must be a finite number of at least 0; the sign belongs to `reward_weights`"
         )

@@ -86,7 +86,7 @@ def check_ranges(values: Mapping[str, Any]) -> None:
         [`UsageError`]: which names the key and what it may be.
     """
     for key, value in values.items():
-        if _is_number(value):
+        if is_number(value):
             if math.isnan(value):
                 raise UsageError(f"`{key}` is nan; it must be a number.")
             _check_range(key, value, *RANGES.get(key, (lambda _: True, "")))
@@ -95,12 +95,13 @@ def check_ranges(values: Mapping[str, Any]) -> None:
     for key, value in (values.get("generation_kwargs") or {}).items():
         if key in GENERATION and value is not None:
             name = f"generation_kwargs.{key}"
-            if not _is_number(value):
+            if not is_number(value):
                 raise UsageError(f"`{name}` is {value!r} ({type(value).__name__}); it must be a number.")
             _check_range(name, value, *RANGES[key])
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether `value` is an int or a float; `True` and `False` are neither here."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 

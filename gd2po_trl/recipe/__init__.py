@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError, one_line
+from ..user_input import is_number
 from .arguments import DatasetArguments, RecipeArguments
 from .catalog import find_recipe
 from .files import merge_layers, read_recipe_file
@@ -258,7 +259,7 @@ def _check_weights(arguments: Any, training: Any) -> None:
             "each, in this order."
         )
     for weight in weights:
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or weight != weight or abs(weight) > 1e30:
+        if not is_number(weight) or weight != weight or abs(weight) > 1e30:
             raise UsageError(f"`reward_weights` holds {weight!r}; weights are finite numbers.")
     if not any(weights):
         raise UsageError(f"`reward_weights` is {weights}: with all weights 0 there is no gradient.")

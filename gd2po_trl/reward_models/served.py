@@ -13,6 +13,7 @@ from transformers import AutoConfig
 
 from ..errors import RewardError, UsageError
 from ..messages import Messages
+from ..user_input import is_number
 from .conversation import ConversationEncoder, check_integer, render, resolve_template
 from .direction import check_direction, resolve_direction
 from .in_process import NON_FINITE, finite_or, read_tokenizer
@@ -118,8 +119,8 @@ class RemoteScorer:
         self.__name__ = name or parts.netloc
         who = f"remote reward model {self.url}"
         for option, value in (("timeout", timeout), ("backoff", backoff)):
-            is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-            if not is_number or value < 0 or (option == "timeout" and value == 0):
+            is_finite = is_number(value) and math.isfinite(value)
+            if not is_finite or value < 0 or (option == "timeout" and value == 0):
                 allowed = "positive" if option == "timeout" else "a number, not negative"
                 raise UsageError(f"{who}: {option}={value!r} must be {allowed}.")
         check_integer(f"{who}: retries", retries, 0)

@@ -31,6 +31,7 @@ from typing import Any, ClassVar
 from ...errors import UsageError
 from ...messages import completion_text, continued
 from ...schedules import Schedule
+from ...user_input import is_number
 from .text_format import (
     Gold,
     parse_calls,
@@ -106,8 +107,7 @@ class _ScheduledReward:
         return UsageError(f"{type(self).__name__} reward: `{field}` is {value!r}; it {remedy}.")
 
     def _check_positive(self, field: str, value: Any) -> None:
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not 0 < value <= sys.float_info.max:
+        if not is_number(value) or not 0 < value <= sys.float_info.max:
             raise self._error(field, value, "must be a finite number greater than 0")
 
     def _check_choice(self, field: str, allowed: tuple[str, ...]) -> None:
@@ -377,8 +377,7 @@ class Format(_GoldReward):
     def __post_init__(self):
         super().__post_init__()
         lowest, highest = self.min_score, min(self.max_score, self.final_max_score or self.max_score)
-        number = isinstance(lowest, (int, float)) and not isinstance(lowest, bool)
-        if not number or not -sys.float_info.max <= lowest < highest:
+        if not is_number(lowest) or not -sys.float_info.max <= lowest < highest:
             raise self._error("min_score", lowest, "must be a finite number below `max_score`")
 
     @_answer_required
